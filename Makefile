@@ -1,0 +1,42 @@
+# Two commands do everything on a machine with Python (3.10+) and make:
+#   make demo   set up, train three losses side by side, show the result
+#   make test   set up, check style and types, run the test suite
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+
+# threads that wait for others sleep: several processes share the cores in the tests
+test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test test-long lint benchmarks wheel clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m "long or not long" --timeout 3600
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmarks: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# The wheel, installed alone in a fresh environment, must pass the tests outside the checkout.
+wheel: $(STAMP)
+	tests/installed_wheel.sh $(BIN)/python
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
