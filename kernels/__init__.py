@@ -1,0 +1,21 @@
+"""The ops: they know tensors, not losses.
+
+Dtype policy, the same for every op: scores, log-sum-exps and all accumulation are float32, or
+float64 when any input is float64, whatever autocast says; gradients come back in the dtype of
+their input. Every op has a plain twin in `reference.py`, with the same signature.
+
+`impl` chooses how an op runs: "auto" takes the fastest one the tensor's own device can run,
+any other name takes that one or raises an error saying why it cannot run here.
+"""
+
+if __name__ != "rankloss.kernels":
+    raise ImportError(
+        "this folder is installed and imported as `rankloss.kernels`; "
+        "importing it by another name would load a second copy of its ops"
+    )
+
+from rankloss.kernels.choice import IMPLEMENTATIONS, choose, why_not
+from rankloss.kernels.gram import gram_distance
+from rankloss.kernels.plackett_luce import plackett_luce
+
+__all__ = ["IMPLEMENTATIONS", "choose", "gram_distance", "plackett_luce", "why_not"]

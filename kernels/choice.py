@@ -1,0 +1,57 @@
+"""Which implementation an op uses, decided by the tensor's own device."""
+
+import importlib.util
+import os
+
+import torch
+
+IMPLEMENTATIONS = ("triton", "triton-dense", "blocked", "reference")
+"""triton: fused kernels; triton-dense: the same, skipping no tiles; blocked: streaming PyTorch;
+reference: plain PyTorch, materialised, differentiable twice."""
+
+
+def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The name of the implementation to run on `device` for scores of `dtype`.
+
+    "auto" is triton on a GPU that can run it, blocked anywhere else.
+
+    Raises:
+        ValueError: `impl` is unknown, or cannot run here.
+    """
+    if impl == "auto":
+        fused = device.type == "cuda" and why_not("triton", device, dtype) is None
+        return "triton" if fused else "blocked"
+    reason = why_not(impl, device, dtype)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run on {device}: {reason}")
+    return impl
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `impl` cannot run on `device` for scores of `dtype`, or None when it can.
+
+    Raises:
+        ValueError: `impl` is unknown.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}; choose 'auto' or one of {list(IMPLEMENTATIONS)}")
+    return _why_not_triton(device, dtype) if impl.startswith("triton") else None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "its kernels compute in float32; use 'blocked' or 'reference' for float64"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and interpreted:
+        return None
+    if device.type not in ("cuda", "meta"):
+        return (
+            "its kernels run on CUDA and ROCm GPUs (set TRITON_INTERPRET=1 before the first "
+            "import to run them, slowly, on the CPU)"
+        )
+    too_old = device.type == "cuda" and torch.version.hip is None
+    if too_old and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its matrix products need compute capability 8.0 or newer"
+    return None

@@ -1,0 +1,29 @@
+"""Plackett-Luce ranking losses for CLIP-style pretraining."""
+
+from rankloss.distillation import (
+    GramAnchor,
+    GramLoss,
+    KoLeoLoss,
+    RelationalAngleLoss,
+    RelationalDistanceLoss,
+)
+from rankloss.plackett_luce import TransitionHeads, plackett_luce_nll, rankings
+from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
+from rankloss.types import Transitions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipLoss",
+    "GramAnchor",
+    "GramLoss",
+    "HighOrderPLLoss",
+    "KoLeoLoss",
+    "RankCLIPLoss",
+    "RelationalAngleLoss",
+    "RelationalDistanceLoss",
+    "TransitionHeads",
+    "Transitions",
+    "plackett_luce_nll",
+    "rankings",
+]

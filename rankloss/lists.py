@@ -1,0 +1,125 @@
+"""The four ranking lists of a batch: who scores whom, and whose order they should reproduce."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankloss.distributed import GlobalBatch
+from rankloss.kernels.launch import outside_autocast
+from rankloss.plackett_luce import ranked_nll, rankings
+from rankloss.types import Discount, Transitions
+
+
+class RankingList(NamedTuple):
+    """One ranking term: NLL(scores; ranking of target).
+
+    Attributes:
+        scores, target: (N, M).
+        mask: (N, M) bool, False removes a candidate; None keeps all.
+        transitions: tables of the candidates' modality, or None.
+    """
+
+    scores: Tensor
+    target: Tensor
+    mask: Tensor | None
+    transitions: Transitions | None
+
+
+class _Dot(torch.autograd.Function):
+    """anchors @ candidates.T whose gradients are computed outside autocast too.
+
+    A compiled backward pass inherits the forward's autocast, and would multiply in half precision.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(anchors: Tensor, candidates: Tensor) -> Tensor:
+        with outside_autocast(anchors):
+            return anchors @ candidates.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        anchors, candidates = ctx.saved_tensors
+        with outside_autocast(anchors):
+            return grad @ candidates, grad.T @ anchors
+
+
+def _scores(anchors: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
+    """scale * <anchor, candidate> of float32 or float64 features."""
+    # two tensors: torch.compile refuses one tensor given twice to an autograd.Function
+    cosines: Tensor = _Dot.apply(anchors, candidates.view_as(candidates))
+    return scale.to(cosines.dtype) * cosines
+
+
+def cross_modal_scores(batch: GlobalBatch, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, M) scores of images against texts, and of texts against images."""
+    image_to_text = _scores(batch.image_anchors, batch.texts, scale)
+    if batch.image_anchors is batch.images:  # every candidate is an anchor
+        return image_to_text, image_to_text.T
+    return image_to_text, _scores(batch.text_anchors, batch.images, scale)
+
+
+def cross_modal_lists(
+    batch: GlobalBatch,
+    scores: tuple[Tensor, Tensor],
+    positives: Tensor | None,
+    transitions: dict[str, Transitions],
+) -> list[RankingList]:
+    """Images ranking texts as texts rank images, and the reverse."""
+    image_to_text, text_to_image = scores
+    mask = _list_mask(positives, batch, image_to_text, exclude_self=False)
+    return [
+        RankingList(image_to_text, text_to_image, mask, transitions.get("text")),
+        RankingList(text_to_image, image_to_text, mask, transitions.get("image")),
+    ]
+
+
+def in_modal_lists(
+    batch: GlobalBatch,
+    scale: Tensor,
+    same: Sequence[Tensor | None],
+    transitions: dict[str, Transitions],
+    *,
+    exclude_self: bool,
+) -> list[RankingList]:
+    """Images ranking images as texts rank texts, and the reverse; `same` marks repeated items."""
+    images = _scores(batch.image_anchors, batch.images, scale)
+    texts = _scores(batch.text_anchors, batch.texts, scale)
+    image_mask, text_mask = (_list_mask(x, batch, images, exclude_self=exclude_self) for x in same)
+    return [
+        RankingList(images, texts, image_mask, transitions.get("image")),
+        RankingList(texts, images, text_mask, transitions.get("text")),
+    ]
+
+
+def list_nll(item: RankingList, top_k: int | None, *, discount: Discount, impl: str) -> Tensor:
+    """(N,) likelihoods of a list, 0 for anchors with no candidate left."""
+    scores, target, lengths = item.scores, item.target, None
+    if item.mask is not None:
+        scores = scores.masked_fill(~item.mask, -torch.inf)
+        target = target.masked_fill(~item.mask, -torch.inf)  # ranked last, past `lengths`
+        lengths = item.mask.sum(1)
+    ranking = rankings(target, top_k)
+    if lengths is not None:
+        lengths = lengths.clamp(max=ranking.shape[1])
+    return ranked_nll(scores, ranking, lengths, item.transitions, discount=discount, impl=impl)
+
+
+def _list_mask(
+    same: Tensor | None, batch: GlobalBatch, scores: Tensor, *, exclude_self: bool
+) -> Tensor | None:
+    """Candidates of a ranking list: not the anchor's match under another number, nor (when
+    `exclude_self`) the match itself."""
+    if same is None and not exclude_self:
+        return None
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    own = columns == batch.own[:, None]
+    others = ~own if same is None else ~same
+    return others & ~own if exclude_self else others | own

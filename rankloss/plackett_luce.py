@@ -1,0 +1,234 @@
+"""The ranking family as pure functions: rankings, transition tables, likelihoods.
+
+CLIP, RankCLIP and the higher orders are one likelihood: at place k of a ranking, the candidate
+standing there must win a softmax over all candidates not yet taken, whose utilities are their
+scores plus, from order 2 on, terms that depend on which candidates were taken just before.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rankloss import kernels
+from rankloss.checks import (
+    check_inputs,
+    check_option,
+    check_ranking_values,
+    check_score_values,
+    check_scores,
+    hunts_anomalies,
+    should_check_ranking,
+)
+from rankloss.types import Discount, Reduction, Transitions
+
+
+class TransitionHeads(nn.Module):
+    """Linear maps from candidate embeddings to the tables of an order-R model.
+
+    Keys start at zero, so an order-R loss starts equal to the order-1 loss; predecessor maps
+    start at N(0, 1/embed_dim), drawn from a generator of their own with a fixed seed: every
+    process of a distributed run starts from the same weights whatever its own seed, and building
+    the heads leaves the global random state alone. Source: this project's choice, after
+    DINORANKCLIP's attention-parameterised transitions (arXiv 2605.06592), which fixes no form.
+
+    Args:
+        embed_dim: D, width of the candidate embeddings.
+        order: R >= 2.
+        transition_dim: r, width of one transition term.
+
+    Raises:
+        ValueError: order < 2, or a width < 1.
+    """
+
+    SEED = 2605
+
+    def __init__(self, embed_dim: int, order: int, transition_dim: int = 32) -> None:
+        super().__init__()
+        if order < 2:
+            raise ValueError(f"TransitionHeads: order {order} has no transitions; use order >= 2")
+        if embed_dim < 1 or transition_dim < 1:
+            raise ValueError(
+                "TransitionHeads: embed_dim and transition_dim must be positive, "
+                f"got {embed_dim} and {transition_dim}"
+            )
+        self.embed_dim, self.order, self.transition_dim = embed_dim, order, transition_dim
+        pairs = order * (order - 1) // 2
+        self.predecessor_weight = nn.Parameter(torch.empty(pairs, embed_dim, transition_dim))
+        self.key_weight = nn.Parameter(torch.empty(order - 1, embed_dim, transition_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial weights again; a CPU `generator` replaces the fixed seed."""
+        generator = generator or torch.Generator().manual_seed(self.SEED)
+        shape = self.predecessor_weight.shape
+        draw = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.predecessor_weight.copy_(draw * self.embed_dim**-0.5)
+        self.key_weight.zero_()
+
+    def forward(self, candidates: Tensor) -> Transitions:
+        """Tables for `candidates` (M, D), any floating dtype; under autocast in its dtype.
+
+        Raises:
+            ValueError: candidates are not (M, embed_dim).
+        """
+        if candidates.dim() != 2 or candidates.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"TransitionHeads: candidates have shape {tuple(candidates.shape)}, "
+                f"expected (M, embed_dim={self.embed_dim})"
+            )
+        candidates = candidates.to(torch.promote_types(candidates.dtype, self.key_weight.dtype))
+        weights = self.key_weight.to(candidates.dtype), self.predecessor_weight.to(candidates.dtype)
+        keys, predecessors = (torch.einsum("md,tdr->tmr", candidates, w) for w in weights)
+        return Transitions(predecessors, keys * self.transition_dim**-0.5)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters a weight decay should leave alone: all of them."""
+        return {name for name, _ in self.named_parameters()}
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, order={self.order}, transition_dim={self.transition_dim}"
+
+
+def rankings(scores: Tensor, top_k: int | None = None) -> Tensor:
+    """Candidate ids of each row, best score first; equal scores by lower id. Carries no gradient.
+
+    Args:
+        scores: (N, M) floating. Compared in float32 (float64 if given so): half-precision
+            scores would tie by the hundred after any arithmetic.
+        top_k: keep the first `top_k` places; None or more than M keeps all M.
+
+    Returns:
+        (N, K) int64.
+
+    Raises:
+        TypeError: scores are not floating.
+        ValueError: scores are not 2-D, or top_k < 1.
+    """
+    check_scores("rankings", scores)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"rankings: top_k must be at least 1, got {top_k}; None ranks everything")
+    m = scores.shape[1]
+    scores = scores.detach().to(_compute_dtype(scores))
+    if top_k is None or 4 * top_k > m or scores.dtype == torch.float64:
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    return _stable_keys(scores).topk(top_k, dim=1).indices
+
+
+def _stable_keys(scores: Tensor) -> Tensor:
+    """int64 keys ordered like (score, lower id first), so that a partial sort is stable too."""
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)  # -0.0 equals 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    return (ordered << 32) - ids
+
+
+def plackett_luce_nll(
+    scores: Tensor,
+    ranking: Tensor,
+    transitions: Transitions | None = None,
+    *,
+    discount: Discount = "none",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    impl: str = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    """Negative log-likelihood of the first K places of each ranking, averaged over places.
+
+        l_ik  = logsumexp over d not in pi_i(<k) of u_ik(d)  -  u_ik(pi_i(k))
+        nll_i = sum_k w_k l_ik / sum_k w_k
+
+    The candidates of place k are *all* those not yet taken, not just those of the top K. With
+    K = 1 this is InfoNCE, without transitions and with K = M it is ListMLE. Sources: Plackett
+    (1975), Luce (1959); RankCLIP for order 1; this project's choice for the transitions.
+
+    Args:
+        scores: S, (N, M) floating: logits, logit scale included. Computed in float32, or
+            float64 if given so.
+        ranking: pi, (N, K) integers in [0, M), distinct within a row, best first.
+        transitions: tables of the order >= 2 terms, or None for order 1.
+        discount: "none": w_k = 1; "log": w_k = 1 / ln(k + 1) with k from 1.
+        mask: (N, M) or (M,) bool, False removes a candidate: the result is that of the problem
+            with the candidate's column and its place deleted.
+        reduction: "mean" over the anchors with at least one place (0 when there is none),
+            "sum", or "none" for (N,).
+        impl: "auto", or an implementation by name (see `rankloss.kernels.IMPLEMENTATIONS`).
+        validate: check values too: ranking in range and distinct, scores neither NaN nor
+            infinite where unmasked. True always does, False never. None checks the ranking on
+            the CPU (on a GPU it would synchronise), and the scores inside
+            `torch.autograd.detect_anomaly()`; neither under torch.compile.
+
+    Returns:
+        A scalar, or (N,); float32, or float64 if scores or transitions are.
+
+    Raises:
+        TypeError: scores are not floating, ranking is not integer, or mask is not bool.
+        ValueError: shapes, devices or values do not fit, or an option is unknown.
+    """
+    check_inputs(scores, ranking, transitions, mask)
+    check_option("discount", discount, Discount)
+    check_option("reduction", reduction, Reduction)
+    if should_check_ranking(scores, validate):
+        check_ranking_values(ranking, scores.shape[1])
+    if validate or (validate is None and hunts_anomalies()):
+        check_score_values(scores, mask)
+    ranking, lengths = ranking.long(), None
+    if mask is not None:
+        mask = mask.expand_as(scores)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        ranking, lengths = _masked_last(ranking, mask)
+    nll = ranked_nll(scores, ranking, lengths, transitions, discount=discount, impl=impl)
+    if reduction == "none":
+        return nll
+    if reduction == "sum":
+        return nll.sum()
+    anchors = nll.shape[0] if lengths is None else (lengths > 0).sum()
+    return nll.sum() / (anchors.clamp(min=1) if isinstance(anchors, Tensor) else max(anchors, 1))
+
+
+def ranked_nll(
+    scores: Tensor,
+    ranking: Tensor,
+    lengths: Tensor | None,
+    transitions: Transitions | None,
+    *,
+    discount: Discount,
+    impl: str,
+) -> Tensor:
+    """`plackett_luce_nll` of valid input: (N,), over the first `lengths` (N,) places of each row.
+
+    Candidates at score -inf are out of the list; `lengths` None means all K places count.
+    """
+    n, k = ranking.shape
+    predecessors, keys = transitions or _no_transitions(scores)
+    dtype = torch.promote_types(
+        _compute_dtype(scores), torch.promote_types(predecessors.dtype, keys.dtype)
+    )
+    weights = _place_weights(k, discount, dtype, scores.device)
+    if lengths is None:
+        lengths = torch.full((n,), k, dtype=torch.int64, device=scores.device)
+        weights = weights / weights.sum()
+        return kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
+    nll = kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
+    return nll / weights.cumsum(0)[(lengths - 1).clamp(min=0)]
+
+
+def _place_weights(k: int, discount: Discount, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place = torch.arange(1, k + 1, dtype=dtype, device=device)
+    return 1 / torch.log1p(place) if discount == "log" else torch.ones_like(place)
+
+
+def _no_transitions(scores: Tensor) -> Transitions:
+    # two tensors: torch.compile refuses one tensor given twice to an autograd.Function
+    return Transitions(*(scores.new_empty(0, scores.shape[1], 0) for _ in range(2)))
+
+
+def _masked_last(ranking: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move places held by masked candidates to the end; return the number of the others."""
+    counts = mask.gather(1, ranking)
+    order = (~counts).to(torch.uint8).argsort(dim=1, stable=True)
+    return ranking.gather(1, order), counts.sum(1)
+
+
+def _compute_dtype(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32

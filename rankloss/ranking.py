@@ -1,0 +1,357 @@
+"""The ranking losses as modules: HighOrderPLLoss, and its members of order 1 and 0."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from rankloss.checks import as_scalar, check_features, check_ids, check_settings
+from rankloss.contrastive import STREAM_ABOVE, info_nce, matches, streamed_info_nce
+from rankloss.distributed import GlobalBatch, gather_batch, gather_ids, processes
+from rankloss.kernels.launch import outside_autocast
+from rankloss.lists import (
+    RankingList,
+    cross_modal_lists,
+    cross_modal_scores,
+    in_modal_lists,
+    list_nll,
+)
+from rankloss.plackett_luce import TransitionHeads
+from rankloss.statistics import Snapshot, summarize, take_snapshot
+from rankloss.types import Discount, Transitions
+
+
+class HighOrderPLLoss(nn.Module):
+    """CLIP's contrastive loss plus order-R Plackett-Luce ranking consistency.
+
+        L = w_clip L_CLIP + lambda_cross L_cross + lambda_in L_in
+        L_cross = 1/2 [NLL(S_it; ranking of S_ti) + NLL(S_ti; ranking of S_it)]
+        L_in    = 1/2 [NLL(S_ii; ranking of S_tt) + NLL(S_tt; ranking of S_ii)]
+
+    Order 0 is CLIP, order 1 with the default weights is RankCLIP's published code at rank weight
+    1 (without its epsilon inside the logarithm, which is wrong at large logit scales), order R adds
+    transition terms that depend on the R-1 candidates taken before. Sources: CLIP; RankCLIP;
+    DINORANKCLIP (arXiv 2605.06592), its transition terms in this project's definition.
+
+    From order 2 on the loss has parameters. Make it a submodule of the model *before* wrapping
+    it in DDP and building the optimizer, so that they are synchronised, trained and saved; exclude
+    `no_weight_decay()` from decay. They start identical on every process (`TransitionHeads`).
+
+    Args:
+        embed_dim: D, width of the features; needed from order 2 on, unused before.
+        order: R >= 0.
+        transition_dim: r, width of a transition term.
+        top_k: places of each ranking that count, against all remaining candidates; None, or more
+            than there are, means all.
+        contrastive_weight, cross_modal_weight, in_modal_weight: w_clip, lambda_cross, lambda_in;
+            the ranking weights have no effect at order 0.
+        discount: weight of place k: "none" (1) or "log" (1/ln(k+1)).
+        exclude_self: leave the anchor itself out of the in-modal lists, where it is always first.
+        share_transitions: one set of heads for both candidate modalities, else one each.
+        local_loss: each process scores its own anchors only; False scores the whole global batch
+            on every process.
+        gather_with_grad: gradients reach the features of other processes. Both True give the
+            exact gradient of the global batch at any world size under DDP's averaging; the other
+            combinations are open_clip's and have its gradients.
+        rank, world_size: None takes the process group's at each forward; given values must match.
+        impl: implementation of the likelihood, see `rankloss.plackett_luce_nll`.
+
+    Raises:
+        ValueError: order < 0, order >= 2 without embed_dim or without any ranking weight,
+            top_k < 1, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int | None = None,
+        order: int = 3,
+        *,
+        transition_dim: int = 32,
+        top_k: int | None = None,
+        contrastive_weight: float = 1.0,
+        cross_modal_weight: float = 1 / 16,
+        in_modal_weight: float = 1 / 16,
+        discount: Discount = "none",
+        exclude_self: bool = False,
+        share_transitions: bool = True,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_settings(order, embed_dim, top_k, cross_modal_weight, in_modal_weight, discount)
+        self.embed_dim, self.order, self.top_k = embed_dim, order, top_k
+        self.contrastive_weight = contrastive_weight
+        self.cross_modal_weight, self.in_modal_weight = cross_modal_weight, in_modal_weight
+        self.discount: Discount = discount
+        self.exclude_self = exclude_self
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.rank, self.world_size, self.impl = rank, world_size, impl
+        self.transition_heads = nn.ModuleList()
+        if order >= 2 and embed_dim is not None:
+            for _ in range(1 if share_transitions else 2):
+                self.transition_heads.append(TransitionHeads(embed_dim, order, transition_dim))
+        self.ranking_ramp: Tensor
+        self.register_buffer("ranking_ramp", torch.ones(()), persistent=False)
+        self._snapshot: Snapshot | None = None
+        self._norms_seen = False
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        output_dict: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of this process's pairs.
+
+        Args:
+            image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
+                matches row i of the other. Scores are computed in float32 even under autocast.
+            logit_scale: exp'd scale, 0-D or (1,), or a float.
+            logit_bias: added to the contrastive logits; ranking terms do not change with it.
+            image_ids, text_ids: (n,) integers; equal ids mark the same image or caption. Pairs
+                that share either are matches of each other: positives of the contrastive term,
+                and out of each other's cross-modal lists. In-modal lists leave out repetitions
+                of the anchor in their own modality.
+            output_dict: return {"contrastive_loss", "ranking_loss"}, already weighted, whose sum
+                is the loss.
+
+        Raises:
+            TypeError: features are not floating, or ids not integer.
+            ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
+                or rank/world_size contradict the process group.
+        """
+        check_features(image_features, text_features, self.embed_dim if self.order > 1 else None)
+        scale = as_scalar("logit_scale", logit_scale, image_features)
+        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
+        ids = [
+            check_ids(x, name, image_features)
+            for x, name in ((image_ids, "image_ids"), (text_ids, "text_ids"))
+        ]
+        self._warn_once_unless_normalized(image_features, text_features)
+        group = processes(self.rank, self.world_size)
+        gathered = gather_batch(
+            image_features,
+            text_features,
+            group,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )
+        image_ids, text_ids = (None if x is None else gather_ids(x, group) for x in ids)
+        all_ids = [x for x in (image_ids, text_ids) if x is not None]
+        transitions = self._transitions(gathered)
+        batch = gathered.in_full_precision()
+        self._snapshot = take_snapshot(batch, scale, transitions)
+        if self.order == 0 and len(batch.own) * len(batch.texts) > STREAM_ABOVE:
+            contrastive = self._streamed_contrastive(batch, scale, bias, all_ids)
+            ranking = torch.zeros_like(contrastive)
+        else:
+            scores = cross_modal_scores(batch, scale)
+            positives = matches(all_ids, batch.own)
+            contrastive = self._contrastive(scores, bias, batch, positives)
+            ranking = torch.zeros_like(contrastive)
+            if self.order >= 1:
+                ids = [image_ids, text_ids]
+                ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "ranking_loss": ranking}
+        return contrastive + ranking
+
+    def _contrastive(
+        self,
+        scores: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        batch: GlobalBatch,
+        positives: Tensor | None,
+    ) -> Tensor:
+        logits = scores if bias is None else [x + bias for x in scores]
+        terms = [info_nce(x, batch.own, positives) for x in logits]
+        return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
+
+    def _streamed_contrastive(
+        self, batch: GlobalBatch, scale: Tensor, bias: Tensor | None, ids: list[Tensor]
+    ) -> Tensor:
+        pairs = (batch.image_anchors, batch.texts), (batch.text_anchors, batch.images)
+        scale = scale.to(batch.images.dtype)
+        with outside_autocast(batch.images):
+            terms = [streamed_info_nce(x, y, scale, batch.own, ids, bias) for x, y in pairs]
+        return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
+
+    def _transitions(self, batch: GlobalBatch) -> dict[str, Transitions]:
+        """Tables by candidate modality."""
+        if not self.transition_heads:
+            return {}
+        heads = self.transition_heads
+        return {"image": heads[0](batch.images), "text": heads[-1](batch.texts)}
+
+    def _ranking(
+        self,
+        batch: GlobalBatch,
+        scale: Tensor,
+        scores: tuple[Tensor, Tensor],
+        positives: Tensor | None,
+        ids: Sequence[Tensor | None],
+        transitions: dict[str, Transitions],
+    ) -> Tensor:
+        total = scores[0].new_zeros(())
+        groups: list[tuple[float, list[RankingList]]] = []
+        if self.cross_modal_weight:
+            lists = cross_modal_lists(batch, scores, positives, transitions)
+            groups.append((self.cross_modal_weight, lists))
+        if self.in_modal_weight:
+            same = [None if x is None else matches([x], batch.own) for x in ids]
+            lists = in_modal_lists(batch, scale, same, transitions, exclude_self=self.exclude_self)
+            groups.append((self.in_modal_weight, lists))
+        for weight, lists in groups:
+            for item in lists:
+                nll = list_nll(item, self.top_k, discount=self.discount, impl=self.impl)
+                total = total + weight / 2 * nll.sum() / max(len(nll), 1)
+        # a copy: DDP rewrites buffers in every forward, and two may precede a backward
+        return total * self.ranking_ramp.clone()
+
+    def set_progress(self, progress: float) -> None:
+        """Set RankCLIP's ramp: ranking terms are multiplied by clamp(3 progress, 0, 2) from now on.
+
+        Args:
+            progress: training progress in [0, 1]; RankCLIP's is (e-1)/(E-1) in epoch e of E, from
+                1. Until the first call the factor is 1. Not saved: call it again after a resume.
+
+        Raises:
+            ValueError: progress is outside [0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"set_progress: progress must be in [0, 1], got {progress}")
+        self.ranking_ramp.fill_(min(3 * progress, 2.0))
+
+    @property
+    def last_stats(self) -> dict[str, Tensor]:
+        """Detached 0-D statistics of the last forward, computed when read; {} before the first.
+
+        See `rankloss.statistics.summarize` for what they are.
+        """
+        return {} if self._snapshot is None else summarize(self._snapshot)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters a weight decay should leave alone: all the loss has."""
+        return {name for name, _ in self.named_parameters()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last step's features behind."""
+        return {**self.__dict__, "_snapshot": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"order={self.order}, top_k={self.top_k}, "
+            f"contrastive_weight={self.contrastive_weight:g}, "
+            f"cross_modal_weight={self.cross_modal_weight:g}, "
+            f"in_modal_weight={self.in_modal_weight:g}, impl={self.impl!r}"
+        )
+
+    def _warn_once_unless_normalized(self, *features: Tensor) -> None:
+        """Reads the norms on the first call only, so that later steps never synchronise."""
+        if self._norms_seen or torch.compiler.is_compiling() or features[0].device.type == "meta":
+            return
+        self._norms_seen = True
+        for name, x in zip(("image_features", "text_features"), features, strict=True):
+            off = (x.detach().float().norm(dim=1) - 1).abs()
+            if len(off) and off.max() > 0.02:
+                warnings.warn(
+                    f"{name} are not unit-norm (a norm is off by {off.max().item():.3g}); pass "
+                    "torch.nn.functional.normalize(features, dim=1)",
+                    stacklevel=3,
+                )
+
+
+class RankCLIPLoss(HighOrderPLLoss):
+    """RankCLIP: the order-1 member, ListMLE consistency between the four lists.
+
+    Takes `HighOrderPLLoss`'s arguments but those of transitions. RankCLIP's schedule of the
+    ranking weight is `set_progress((e - 1) / (E - 1))` at the start of each epoch e of E.
+    """
+
+    def __init__(
+        self,
+        *,
+        top_k: int | None = None,
+        contrastive_weight: float = 1.0,
+        cross_modal_weight: float = 1 / 16,
+        in_modal_weight: float = 1 / 16,
+        discount: Discount = "none",
+        exclude_self: bool = False,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(
+            order=1,
+            top_k=top_k,
+            contrastive_weight=contrastive_weight,
+            cross_modal_weight=cross_modal_weight,
+            in_modal_weight=in_modal_weight,
+            discount=discount,
+            exclude_self=exclude_self,
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            rank=rank,
+            world_size=world_size,
+            impl=impl,
+        )
+
+
+class ClipLoss(HighOrderPLLoss):
+    """CLIP: the order-0 member, symmetric InfoNCE; its "ranking_loss" is 0."""
+
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float = 1.0,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            order=0,
+            contrastive_weight=contrastive_weight,
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            rank=rank,
+            world_size=world_size,
+        )
