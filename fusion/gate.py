@@ -1,0 +1,57 @@
+"""The conflict-aware gate: how much of a residual an embedding lets in, and in which direction."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ConflictAwareGate(nn.Module):
+    """g = sigmoid(MLP(z, r, z * r, <z, r>)) in (0, 1)^D, from one modality's own features.
+
+    It never sees the partner, so a tower works alone at inference. Source: DINORANKCLIP's
+    conflict gate, in this project's definition.
+
+    Args:
+        dim: D, width of embedding and residual.
+        hidden: units of the MLP's hidden layer; None: dim // 4.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = max(1, dim // 4) if hidden is None else hidden
+        if dim < 1 or hidden < 1:
+            raise ValueError(f"ConflictAwareGate: sizes must be positive, got {dim}, {hidden}")
+        self.mlp = nn.Sequential(nn.Linear(3 * dim + 1, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, embedding: Tensor, residual: Tensor) -> Tensor:
+        """(B, D) and (B, D) -> gate (B, D)."""
+        product = embedding * residual
+        inputs = [embedding, residual, product, product.sum(1, keepdim=True)]
+        return torch.sigmoid(self.mlp(torch.cat(inputs, 1)))
+
+
+def tangent(x: Tensor, z: Tensor) -> Tensor:
+    """P_z x = x - <x, z> z: the part of x (B, D) that moves the unit vectors z (B, D)."""
+    return x - (x * z).sum(1, keepdim=True) * z
+
+
+def without_conflict(v: Tensor, z: Tensor, partner: Tensor) -> Tensor:
+    """Remove from a tangent step v what would move z away from its partner.
+
+        v - min(0, <v, t'>) t' / |t'|^2,   t' = P_z t
+
+    so that the matched similarity does not fall to first order. The direction t' carries no
+    gradient (this project's choice); where z and its partner coincide, v is left as it is.
+
+    Args:
+        v: (B, D) tangent at z.
+        z, partner: (B, D) unit-norm.
+    """
+    towards = tangent(partner.detach(), z.detach())
+    length = towards.norm(dim=1, keepdim=True)
+    tiny = 16 * torch.finfo(length.dtype).eps  # below it, t' is the rounding of t and z
+    towards = torch.where(length > tiny, towards, 0.0) / length.clamp(min=tiny)
+    rest: Tensor = v - (v * towards).sum(1, keepdim=True).clamp(max=0) * towards
+    return rest

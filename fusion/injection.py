@@ -1,0 +1,211 @@
+"""Multi-scale fusion: bring teacher-like token features into a tower's embedding."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloss.fusion.attention import ChannelSpatialAttention
+from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
+from rankloss.fusion.masks import check_tokens, masked_mean
+from rankloss.fusion.pyramid import SpatialPyramidPool1d
+from rankloss.fusion.refiner import SelfAttentionRefiner
+
+
+class FusionOutput(NamedTuple):
+    """What a fusion block returns.
+
+    Attributes:
+        embedding: (B, D) unit-norm.
+        gate: (B, D) in (0, 1); its mean absolute value is the gate penalty. All ones without gate.
+    """
+
+    embedding: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class FusionStages:
+    """Which stages a fusion block has; the study's variants are values of this.
+
+    Attributes:
+        levels: bins of the pyramid, or None to keep all tokens.
+        attention: channel-spatial attention.
+        refiner: self-attention refiner.
+        gate: conflict-aware gate and conflict projection, else a plain residual.
+    """
+
+    levels: tuple[int, ...] | None = (1, 2, 4)
+    attention: bool = True
+    refiner: bool = True
+    gate: bool = True
+
+
+class MultiScaleFusion(nn.Module):
+    """Tokens -> pyramid -> channel-spatial attention -> refiner -> residual r -> gated step.
+
+        v  = P_z(g * r);  with the partner given, v loses what would move z away from it
+        z+ = normalise(z + v)
+
+    The last linear map of r is zero at the start, so z+ = z and every gradient of the trunk is
+    what it would be without the block. Source: DINORANKCLIP's injection, in this project's
+    definition.
+
+    Args:
+        embed_dim: D, width of the embedding.
+        feature_dim: C, width of the token features, a multiple of 4 with the refiner.
+        stages: which stages there are.
+
+    Raises:
+        ValueError: a size does not fit a stage.
+    """
+
+    def __init__(
+        self, embed_dim: int, feature_dim: int = 256, *, stages: FusionStages = FusionStages()
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.feature_dim, self.stages = embed_dim, feature_dim, stages
+        self.pyramid = SpatialPyramidPool1d(stages.levels) if stages.levels else None
+        self.attention = ChannelSpatialAttention(feature_dim) if stages.attention else None
+        self.refiner = SelfAttentionRefiner(feature_dim) if stages.refiner else None
+        self.norm = nn.LayerNorm(feature_dim)
+        self.to_residual = nn.Linear(feature_dim, embed_dim)
+        self.gate = ConflictAwareGate(embed_dim) if stages.gate else None
+        nn.init.zeros_(self.to_residual.weight)
+        nn.init.zeros_(self.to_residual.bias)
+
+    def forward(
+        self,
+        embedding: Tensor,
+        features: Tensor,
+        partner: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FusionOutput:
+        """Inject features into embeddings.
+
+        Args:
+            embedding: z, (B, D) unit-norm.
+            features: (B, L, feature_dim) tokens.
+            partner: (B, D) unit-norm embeddings of the matches, in training; None at inference.
+            mask: (B, L) bool, False for padding.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes do not fit.
+        """
+        check_tokens("MultiScaleFusion", features, self.feature_dim, mask)
+        _check_embeddings(embedding, features, partner, self.embed_dim)
+        residual = self.residual(features, mask).to(embedding.dtype)
+        if self.gate is None:
+            gate, step = residual.new_ones(residual.shape), tangent(residual, embedding)
+        else:
+            gate = self.gate(embedding, residual)
+            step = tangent(gate * residual, embedding)
+            if partner is not None:
+                step = without_conflict(step, embedding, partner)
+        return FusionOutput(F.normalize(embedding + step, dim=1), gate)
+
+    def residual(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """r, (B, embed_dim), from tokens (B, L, feature_dim)."""
+        tokens = features
+        if self.pyramid is not None:
+            tokens, mask = self.pyramid(tokens, mask), None
+        if self.attention is not None:
+            tokens = self.attention(tokens, mask)
+        if self.refiner is not None:
+            tokens = self.refiner(tokens, mask)
+        residual: Tensor = self.to_residual(self.norm(masked_mean(tokens, mask)))
+        return residual
+
+
+class DualFusion(NamedTuple):
+    """What both towers' fusion returns: image and text, each None where there is none."""
+
+    image: FusionOutput | None
+    text: FusionOutput | None
+
+
+class Injection(nn.Module):
+    """A fusion block for each tower, either optional, each the other's partner in training.
+
+    Args:
+        embed_dim, feature_dim: as in `MultiScaleFusion`.
+        stages: of both blocks.
+        image, text: whether that tower has a block; image only is a supported configuration.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        feature_dim: int = 256,
+        *,
+        stages: FusionStages = FusionStages(),
+        image: bool = True,
+        text: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image = MultiScaleFusion(embed_dim, feature_dim, stages=stages) if image else None
+        self.text = MultiScaleFusion(embed_dim, feature_dim, stages=stages) if text else None
+
+    def forward(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> DualFusion:
+        """Inject each tower's features, with the other tower's embedding as partner.
+
+        A tower without a block or without features is left out of the result. At inference, call
+        `image` or `text` alone.
+        """
+        image = text = None
+        if self.image is not None and image_features is not None:
+            image = self.image(image_embedding, image_features, text_embedding)
+        if self.text is not None and text_features is not None:
+            text = self.text(text_embedding, text_features, image_embedding, text_mask)
+        return DualFusion(image, text)
+
+
+@dataclass(frozen=True)
+class FusionVariant:
+    """A configuration of `Injection`: the stages of its blocks, and which towers have one."""
+
+    stages: FusionStages = FusionStages()
+    image: bool = True
+    text: bool = True
+
+    def build(self, embed_dim: int, feature_dim: int = 256) -> Injection:
+        """The modules of this variant."""
+        return Injection(
+            embed_dim, feature_dim, stages=self.stages, image=self.image, text=self.text
+        )
+
+
+FUSION_VARIANTS = {
+    "none": FusionVariant(image=False, text=False),
+    "pyramid": FusionVariant(FusionStages(attention=False, refiner=False, gate=False)),
+    "pyramid-attention": FusionVariant(FusionStages(refiner=False, gate=False)),
+    "image-only": FusionVariant(text=False),
+    "plain-residual": FusionVariant(FusionStages(gate=False)),
+    "full": FusionVariant(),
+}
+"""The six variants of the study, by name."""
+
+
+def _check_embeddings(
+    embedding: Tensor, features: Tensor, partner: Tensor | None, embed_dim: int
+) -> None:
+    expected = (features.shape[0], embed_dim)
+    for name, x in (("embedding", embedding), ("partner", partner)):
+        if x is not None and x.shape != expected:
+            raise ValueError(
+                f"MultiScaleFusion: {name} must be (B, D) = {expected} for features "
+                f"{tuple(features.shape)}, got {tuple(x.shape)}"
+            )
+        if x is not None and x.device != features.device:
+            raise ValueError(
+                f"MultiScaleFusion: features are on {features.device} but {name} on {x.device}; "
+                "move them to one device"
+            )

@@ -1,0 +1,199 @@
+"""The student that distillation trains: a ViT-Tiny for images, a small Transformer for texts."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankloss.fusion.optional import require
+from rankloss.fusion.patches import Grid, patch_grid
+
+
+class StudentTokens(NamedTuple):
+    """What a student returns; None for what it was not given.
+
+    Attributes:
+        image: (B, h w, token_dim) patch tokens, in row-major order of the grid.
+        grid: (h, w).
+        text: (B, L, token_dim) tokens; 0 where text_mask is False.
+        text_mask: (B, L) bool, True for real tokens.
+    """
+
+    image: Tensor | None = None
+    grid: Grid | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+
+
+class ImageBranch(nn.Module):
+    """timm's ViT-Tiny (192 wide, 12 deep, 3 heads) and a linear map of its patch tokens.
+
+    Args:
+        token_dim: width of the tokens returned.
+        image_size: side in pixels for which positions are learned; other sizes interpolate them.
+        model: timm name of a Vision Transformer.
+        options: further arguments of timm.create_model.
+
+    Raises:
+        ImportError: timm is missing.
+    """
+
+    def __init__(
+        self,
+        token_dim: int = 256,
+        image_size: int = 224,
+        model: str = "vit_tiny_patch16_224",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        defaults = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True}
+        self.trunk = require("timm").create_model(model, **{**defaults, **options})
+        self.patch_size: int = self.trunk.patch_embed.patch_size[0]
+        self.to_tokens = nn.Linear(self.trunk.num_features, token_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """(B, 3, H, W) -> (B, h w, token_dim) and (h, w).
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size.
+        """
+        grid = patch_grid("DualBranchStudent", images, self.patch_size)
+        tokens = self.trunk.forward_features(images)[:, self.trunk.num_prefix_tokens :]
+        return self.to_tokens(tokens), grid
+
+
+class TextBranch(nn.Module):
+    """A small pre-norm Transformer encoder over a tokenizer's ids; every token sees all others.
+
+    Args:
+        token_dim: width of the tokens returned.
+        vocabulary, context_length: of the tokenizer; by default open_clip's.
+        end_token: what ends a text; what follows is padding. (Padding itself is 0 in open_clip's
+            tokenizer, but so is "!".)
+        width, depth, heads: of the Transformer (this project's choice).
+    """
+
+    def __init__(
+        self,
+        token_dim: int = 256,
+        *,
+        vocabulary: int = 49408,
+        context_length: int = 77,
+        end_token: int = 49407,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 3,
+    ) -> None:
+        super().__init__()
+        self.end_token, self.context_length = end_token, context_length
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(context_length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.trunk = nn.TransformerEncoder(
+            layer, depth, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.to_tokens = nn.Linear(width, token_dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """nn.TransformerEncoder copies one layer: give every copy weights of its own."""
+        for parameter in self.trunk.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def mask(self, text_ids: Tensor) -> Tensor:
+        """(B, L) bool: True up to the first end token, and everywhere where there is none."""
+        ended = text_ids == self.end_token
+        return (ended.cumsum(1) - ended.long()) == 0
+
+    def forward(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) int64 with L <= context_length -> (B, L, token_dim), and the mask (B, L).
+
+        Raises:
+            ValueError: another shape, or too long.
+        """
+        if text_ids.dim() != 2 or not 1 <= text_ids.shape[1] <= self.context_length:
+            raise ValueError(
+                f"DualBranchStudent: text_ids must be (B, L) with L at most {self.context_length}, "
+                f"got {tuple(text_ids.shape)}"
+            )
+        mask = self.mask(text_ids)
+        tokens = self.words(text_ids) + self.positions[: text_ids.shape[1]]
+        tokens = self.to_tokens(self.trunk(tokens, src_key_padding_mask=~mask))
+        return tokens * mask[:, :, None], mask
+
+
+class DualBranchStudent(nn.Module):
+    """Tokens of images and of texts from two small Transformers, either optional.
+
+    The image branch is distilled from the teacher's patch tokens; the text branch from its
+    text-aligned space. Their tokens are what `MultiScaleFusion` injects.
+
+    Args:
+        image, text: which branches there are, at least one; image only is a supported
+            configuration.
+        token_dim: width of both branches' tokens.
+        image_size: as in `ImageBranch`.
+        context_length: as in `TextBranch`.
+        image_options, text_options: further arguments of `ImageBranch` and `TextBranch`.
+
+    Raises:
+        ImportError: timm is missing (image branch only).
+        ValueError: no branch.
+    """
+
+    def __init__(
+        self,
+        image: bool = True,
+        text: bool = True,
+        *,
+        token_dim: int = 256,
+        image_size: int = 224,
+        context_length: int = 77,
+        image_options: dict[str, Any] | None = None,
+        text_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not (image or text):
+            raise ValueError("DualBranchStudent: needs an image branch, a text branch, or both")
+        self.token_dim = token_dim
+        self.image = ImageBranch(token_dim, image_size, **(image_options or {})) if image else None
+        self.text = (
+            TextBranch(token_dim, context_length=context_length, **(text_options or {}))
+            if text
+            else None
+        )
+
+    def forward(
+        self, images: Tensor | None = None, text_ids: Tensor | None = None
+    ) -> StudentTokens:
+        """Tokens of images (B, 3, H, W) and of tokenized texts (B, L); either may be left out.
+
+        Raises:
+            ValueError: an input for a branch that does not exist, or of the wrong shape.
+        """
+        for name, given, branch in (
+            ("images", images, self.image),
+            ("text_ids", text_ids, self.text),
+        ):
+            if given is not None and branch is None:
+                raise ValueError(f"DualBranchStudent: got {name}, but has no branch for them")
+        output = StudentTokens()
+        if self.image is not None and images is not None:
+            tokens, grid = self.image(images)
+            output = output._replace(image=tokens, grid=grid)
+        if self.text is not None and text_ids is not None:
+            tokens, mask = self.text(text_ids)
+            output = output._replace(text=tokens, text_mask=mask)
+        return output
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should spare: embeddings and positions."""
+        spared = {"text.words.weight", "text.positions"}
+        if self.image is not None:  # timm also names what other variants of the model have
+            spared |= {f"image.trunk.{name}" for name in self.image.trunk.no_weight_decay()}
+        return spared & dict(self.named_parameters()).keys()
