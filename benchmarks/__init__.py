@@ -1,0 +1,1 @@
+"""Speed and memory of the ranking losses against their peers: `python -m benchmarks`."""

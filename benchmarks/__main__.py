@@ -1,0 +1,43 @@
+"""`python -m benchmarks [command] [options]`; without a command, the CPU suite.
+
+A command is a module of this package with `main(arguments) -> exit code`, imported only when
+asked for, so that one command's optional dependencies never stop another.
+"""
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "cpu": "time and memory of every provider on this machine's processors (the default)",
+    "gpu": "correctness, speed and memory on one GPU (--dry-run: on none)",
+    "aot": "registers, spills, shared memory of every kernel, compiled for GPUs not here",
+    "fusion": "cost of the fusion block against a ViT-B/16",
+    "gram": "time and memory of GramLoss, blocked against reference",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        command, rest = arguments[0], arguments[1:]
+    else:
+        command, rest = "cpu", arguments
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("commands:", *(f"  {name:8}{text}" for name, text in COMMANDS.items()), "", sep="\n")
+    sleep_between_parallel_regions()
+    module = importlib.import_module(f"benchmarks.{command}")
+    code: int = module.main(rest)
+    return code
+
+
+def sleep_between_parallel_regions() -> None:
+    """Before torch is imported: threads that wait for others sleep instead of spinning.
+
+    On a machine that has other work, a spinning thread keeps the one it waits for from running:
+    a call of half a millisecond was seen to take 150, and to burn 90 of processor time.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""Plain PyTorch versions of the losses: what one would write without this library."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+
+def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Order 0: InfoNCE both ways from one matrix of logits."""
+    logits = logit_scale * image_features @ text_features.T
+    matches = torch.arange(logits.shape[0], device=logits.device)
+    return (cross_entropy(logits, matches) + cross_entropy(logits.T, matches)) / 2
+
+
+def list_mle(scores: Tensor, targets: Tensor, k: int) -> Tensor:
+    """Order 1: one sort, one log-sum-exp scan from the last place up, mean over K places."""
+    ranking = targets.sort(dim=1, descending=True, stable=True).indices
+    return list_mle_of_ranking(scores, ranking, k)
+
+
+def list_mle_of_ranking(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
+    """The same when the whole ranking (N, M) is given."""
+    ranked = scores.gather(1, ranking)
+    remaining = ranked.flip(1).logcumsumexp(1).flip(1)
+    return (remaining - ranked)[:, :k].mean()
+
+
+def plackett_luce(
+    scores: Tensor,
+    targets: Tensor,
+    k: int,
+    predecessors: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Any order >= 1 from its definition: all N x K x M utilities, then their log-sum-exp."""
+    ranking = targets.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return plackett_luce_of_ranking(scores, ranking, predecessors, keys)
+
+
+def plackett_luce_of_ranking(
+    scores: Tensor,
+    ranking: Tensor,
+    predecessors: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """The same when the ranking (N, K) is given."""
+    k = ranking.shape[1]
+    utilities = scores[:, None, :]  # (N, 1 or K, M)
+    if predecessors is not None and keys is not None:
+        flat_keys = keys.transpose(0, 1).flatten(1)  # (M, (R-1) r)
+        utilities = utilities + queries(ranking, predecessors) @ flat_keys.T
+    else:
+        utilities = utilities.expand(-1, k, -1)
+    place = torch.arange(k, device=scores.device)
+    place_of = torch.full_like(scores, k, dtype=torch.int64)
+    place_of = place_of.scatter(1, ranking, place.expand_as(ranking))  # not ranked: place K
+    remaining = utilities.masked_fill(place_of[:, None, :] < place[:, None], -torch.inf)
+    chosen = remaining.gather(2, ranking[:, :, None]).squeeze(2)
+    return (remaining.logsumexp(2) - chosen).mean()
+
+
+def queries(ranking: Tensor, predecessors: Tensor) -> Tensor:
+    """For every place, the products of the predecessor rows of each term: (N, K, (R-1) r)."""
+    k, row = ranking.shape[1], 0
+    terms: list[Tensor] = []
+    while row < len(predecessors):
+        m = len(terms) + 1  # the m-th term multiplies m predecessors and starts at place m + 1
+        product = torch.ones_like(predecessors[0, :1])
+        for j in range(1, m + 1):
+            product = product * predecessors[row][ranking[:, m - j : max(k - j, m - j)]]
+            row += 1
+        terms.append(pad(product, (0, 0, min(m, k), 0)))
+    return torch.cat(terms, dim=2)

@@ -1,0 +1,142 @@
+"""Who is measured: this library and its peers, each as a loss of a case's inputs.
+
+A build function returns a callable that computes the scalar loss from the inputs' leaves. It is
+called in the provider's own process, so imports that are optional or slow belong inside it.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.cases import Case, Inputs
+
+Loss = Callable[[], Tensor]
+Build = Callable[[Case, Inputs], Loss]
+
+OURS = "rankloss"
+COMPILE_SCORES = 512**3  # torch.compile takes minutes and gains nothing beyond
+FLOAT = 4  # bytes
+
+
+class Unavailable(Exception):
+    """The provider cannot run here; the text says why. Reported as skipped, not as failed."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`tensors`: N x K x M float tensors alive at its peak, to foresee what cannot fit.
+
+    `most_scores`: N x K x M beyond which it is not tried; `compiles`: its first call is long.
+    """
+
+    name: str
+    build: Build
+    lowest_order: int = 0
+    highest_order: int | None = None
+    tensors: float = 0.0
+    most_scores: int | None = None
+    compiles: bool = False
+
+    def takes(self, case: Case) -> bool:
+        highest = case.order if self.highest_order is None else self.highest_order
+        return self.lowest_order <= case.order <= highest
+
+    def bytes_needed(self, case: Case) -> int:
+        return int(self.tensors * case.scores * FLOAT)
+
+
+def build_ours(case: Case, inputs: Inputs, impl: str = "auto") -> Loss:
+    import rankloss
+
+    leaves, targets = inputs.leaves, inputs.targets
+    if targets is None:
+        clip_loss = rankloss.ClipLoss()
+        return lambda: clip_loss(*leaves.values())
+    transitions = None
+    if case.order > 1:
+        transitions = rankloss.Transitions(leaves["predecessors"], leaves["keys"])
+
+    def loss() -> Tensor:
+        ranking = rankloss.rankings(targets, top_k=case.k)
+        return rankloss.plackett_luce_nll(leaves["scores"], ranking, transitions, impl=impl)
+
+    return loss
+
+
+def build_naive(case: Case, inputs: Inputs) -> Loss:
+    leaves, targets = inputs.leaves, inputs.targets
+    if targets is None:
+        return lambda: peers.clip(**leaves)
+    return lambda: peers.plackett_luce(targets=targets, k=case.k, **leaves)
+
+
+def build_compiled_naive(case: Case, inputs: Inputs) -> Loss:
+    """The first call compiles: the worker's scratch folder, where caches go, starts empty."""
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or its helper processes outlive the call
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says no CUDA is here
+    compiled = torch.compile(build_naive(case, inputs), dynamic=False)
+    calls = 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        try:
+            value: Tensor = compiled()
+        except Exception as error:
+            if calls:
+                raise
+            raise Unavailable(f"torch.compile failed: {first_line(error)}") from error
+        calls += 1
+        return value
+
+    return loss
+
+
+def build_list_mle(case: Case, inputs: Inputs) -> Loss:
+    scores, targets = inputs.leaves["scores"], inputs.targets
+    assert targets is not None
+    return lambda: peers.list_mle(scores, targets, case.k)
+
+
+def build_open_clip(case: Case, inputs: Inputs) -> Loss:
+    try:
+        from open_clip.loss import ClipLoss
+    except ImportError as error:
+        raise Unavailable(f"open_clip cannot be imported: {first_line(error)}") from error
+    clip_loss = ClipLoss()
+    leaves = inputs.leaves
+
+    def loss() -> Tensor:
+        value: Tensor = clip_loss(*leaves.values())
+        return value
+
+    return loss
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+PROVIDERS = (
+    Provider(OURS, build_ours),
+    Provider("naive", build_naive, tensors=5),
+    Provider(
+        "naive compiled",
+        build_compiled_naive,
+        tensors=2.5,
+        most_scores=COMPILE_SCORES,
+        compiles=True,
+    ),
+    Provider("open_clip", build_open_clip, highest_order=0),
+    Provider("list_mle", build_list_mle, lowest_order=1, highest_order=1),
+)
+BY_REQUEST = (
+    Provider("reference", partial(build_ours, impl="reference"), lowest_order=1, tensors=9),
+)

@@ -1,0 +1,153 @@
+"""A provider in a fresh process of its own, answering one question at a time.
+
+The parent keeps the workers of a case alive and asks them in turn, so that whatever else the
+machine is doing hits all of them alike.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, make_inputs
+from benchmarks.check import Outcome, outcome
+from benchmarks.measure import Sample, processor_clock, repeats_to_last
+from benchmarks.memory import peak_extra_bytes, peak_live_bytes
+from benchmarks.providers import Build, Unavailable, first_line
+
+SAMPLE_SECONDS = 0.02  # shorter calls are repeated within one sample
+
+
+class WorkerFailed(Exception):
+    """The provider raised, died or did not answer; the text says which."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """First call's seconds, compilation included, and what it returned."""
+
+    seconds: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes above those held before a forward+backward call.
+
+    `live`: tensors alive at once. `resident`: with what the allocator keeps of freed ones.
+    """
+
+    live: int
+    resident: int
+
+
+class Worker:
+    """The parent's end. Requests are names of `_Session` methods."""
+
+    def __init__(self, build: Build, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # fork would copy the parent's memory
+        self._scratch = tempfile.TemporaryDirectory(prefix="rankloss-benchmark-")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, build, threads, self._scratch.name)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # so that a dead worker ends the conversation
+
+    def ask(self, timeout: float, request: str, *arguments: object) -> Any:
+        """The answer, or Unavailable or WorkerFailed. `timeout` is in seconds."""
+        try:
+            self._connection.send((request, arguments))
+            if not self._connection.poll(timeout):
+                self._process.kill()
+                raise WorkerFailed(f"no answer to {request!r} within {timeout:.0f} s")
+            verdict, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerFailed(self._cause_of_death()) from error
+        if verdict == "unavailable":
+            raise Unavailable(answer)
+        if verdict == "failed":
+            raise WorkerFailed(answer)
+        return answer
+
+    def stop(self) -> None:
+        self._connection.close()  # an idle worker then ends by itself
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+        self._scratch.cleanup()
+
+    def _cause_of_death(self) -> str:
+        self._process.join(5)
+        code = self._process.exitcode
+        hint = " (killed: out of memory?)" if code == -9 else ""
+        return f"its process ended with exit code {code}{hint}"
+
+
+def _serve(connection: Connection, build: Build, threads: int, scratch: str) -> None:
+    tempfile.tempdir = scratch  # nothing compiled in another process is found there
+    torch.set_num_threads(threads)
+    session = _Session(build)
+    while True:
+        try:
+            request, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("ok", getattr(session, request)(*arguments))
+        except Unavailable as reason:
+            answer = ("unavailable", str(reason))
+        except Exception as error:
+            answer = ("failed", first_line(error))
+        connection.send(answer)
+
+
+class _Session:
+    """The worker's end: what it may be asked."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._case: Case | None = None
+        self._repeats = {"forward": 1, "step": 1}
+
+    def check(self, case: Case) -> Checked:
+        self._load(case)
+        start = time.perf_counter()
+        value = self._loss()
+        result = outcome(value, self._leaves)
+        return Checked(time.perf_counter() - start, result)
+
+    def warm_up(self, case: Case) -> None:
+        self._load(case)
+        for name in self._repeats:
+            self._repeats[name] = repeats_to_last(SAMPLE_SECONDS, self._call(name))
+
+    def sample(self, name: str) -> Sample:
+        """One timing of "forward", recording for backward as in training, or of "step"."""
+        return processor_clock(self._call(name), self._repeats[name])
+
+    def peaks(self) -> Peaks:
+        resident = peak_extra_bytes(self._step)
+        return Peaks(live=peak_live_bytes(self._step), resident=resident)
+
+    def _load(self, case: Case) -> None:
+        if case == self._case:
+            return
+        inputs = make_inputs(case)
+        self._leaves = inputs.leaves
+        self._loss = self._build(case, inputs)
+        self._case = case
+
+    def _call(self, name: str) -> Callable[[], object]:
+        return {"forward": self._loss, "step": self._step}[name]
+
+    def _step(self) -> tuple[Tensor, ...]:
+        """Forward and backward, for the gradients of all leaves."""
+        return torch.autograd.grad(self._loss(), list(self._leaves.values()))
