@@ -1,0 +1,1 @@
+"""Runnable examples, and the helper modules they share."""
