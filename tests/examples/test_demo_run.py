@@ -1,0 +1,129 @@
+"""The demo from end to end at its tiny size: its files, and resuming after SIGKILL and Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from examples.checkpoint import load_tensors
+from examples.demo import FAST, RECIPES, main
+from examples.loader import Batch
+from examples.training import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "demo.py"
+KILLED_AT, STOPPED_AT = 19, 32  # of 3 x 12 steps: in the second and in the third model
+
+KILL = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from examples.training import Trainer
+update, calls = Trainer.update, []
+def killed(self, batch):
+    calls.append(1)
+    if len(calls) == {KILLED_AT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, batch)
+Trainer.update = killed
+sys.argv = [{str(SCRIPT)!r}, *sys.argv[1:]]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An uninterrupted run, and one that was killed; each in a process of its own."""
+    work = tmp_path_factory.mktemp("runs")
+    commands = {"whole": [str(SCRIPT)], "killed": ["-c", KILL]}
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, *command, "--fast", "--out", name],
+            cwd=work,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, command in commands.items()
+    }
+    said = {name: process.communicate()[0] for name, process in running.items()}
+    assert running["whole"].returncode == 0, said["whole"]
+    assert running["killed"].returncode == -signal.SIGKILL, said["killed"]
+    assert "| image to text R@1 (%)" in said["whole"]
+    assert "CLIP: epoch 2/2, mean loss" in said["whole"], "no progress without a terminal"
+    return work / "whole", work / "killed"
+
+
+def test_the_report_is_whole(folders: tuple[Path, Path]) -> None:
+    whole, _ = folders
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results["models"]) == [recipe.label for recipe in RECIPES]
+    for model in results["models"].values():
+        assert 0 <= model["metrics"]["i2t_r1"]["mean"] <= 1
+        assert model["seconds_per_step"]["median"] > 0
+        assert len(model["training"][0]["loss"]) == 12
+    assert results["settings"]["scenes"]["train"] == FAST.scenes.train
+    assert results["versions"]["torch"] == torch.__version__
+    text = (whole / "results.md").read_text()
+    assert all(recipe.label in text for recipe in RECIPES)
+    assert "third order vs CLIP: " in text
+    with Image.open(whole / "report.png") as picture:
+        assert picture.width > 1000
+
+
+def test_all_start_alike(folders: tuple[Path, Path]) -> None:
+    results = json.loads((folders[0] / "results.json").read_text())
+    first = {model["training"][0]["contrastive_loss"][0] for model in results["models"].values()}
+    assert len(first) == 1, "other weights or another batch"
+
+
+def test_killed_and_stopped_runs_resume_exactly(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = folders
+    assert not (parts / "results.json").exists()
+    done = len(load_tensors(parts / "rankclip/seed0/checkpoint.safetensors")[1]["history"]["loss"])
+    assert done == 6, "the last multiple of 3 before step 19 - 12"
+    update = Trainer.update
+
+    def stopped(self: Trainer, batch: Batch) -> dict[str, Tensor]:
+        if self.step == STOPPED_AT - 24 and "order3" in str(self.checkpoint):
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", stopped)
+        assert main(["--fast", "--out", str(parts)]) == 130
+    said = capsys.readouterr().out
+    assert "CLIP: finished before" in said
+    assert "RankCLIP: going on after step 6 of 12" in said
+    assert "stopped after step 9 of 12; run the same command to go on" in said
+    assert main(["--fast", "--out", str(parts)]) == 0
+    assert "third order: going on after step 9 of 12" in capsys.readouterr().out
+    for recipe in RECIPES:
+        name = f"{recipe.key}/seed0/checkpoint.safetensors"
+        (one, _), (two, _) = load_tensors(whole / name), load_tensors(parts / name)
+        assert one.keys() == two.keys()
+        assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    metrics = [
+        {name: model["metrics"] for name, model in json.loads(path.read_text())["models"].items()}
+        for path in (whole / "results.json", parts / "results.json")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_other_settings_do_not_resume(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = replace(FAST, training=replace(FAST.training, learning_rate=0.5))
+    monkeypatch.setattr("examples.demo.FAST", changed)
+    assert main(["--fast", "--out", str(folders[0])]) == 2
+    assert "training.learning_rate: 0.0005 -> 0.5" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""The proposition: injection starts as nothing, and never pulls a matched pair apart to first
+order. With z(e) = normalise(z + e v):
+
+(a) at initialisation z+ = z, and every gradient of the trunk is that of the model without it;
+(b) cos(z(e), z) = 1 / sqrt(1 + e^2 |v|^2);
+(c) with the partner given, d<z(e), t>/de >= 0 at e = 0;
+(d) without it, |d<z(e), t>/de| <= |v| sin(angle(z, t)).
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rankloss import HighOrderPLLoss
+from rankloss.fusion import FUSION_VARIANTS, FusionStages, Injection, MultiScaleFusion
+from rankloss.fusion.gate import tangent, without_conflict
+
+seeds = st.integers(0, 10_000)
+widths = st.integers(2, 24)
+repeat = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def unit(b: int, d: int, generator: torch.Generator) -> Tensor:
+    return F.normalize(torch.randn(b, d, generator=generator, dtype=torch.float64), dim=1)
+
+
+def step(z: Tensor, v: Tensor, e: float | Tensor) -> Tensor:
+    return F.normalize(z + e * v, dim=1)
+
+
+def slope(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """d<z(e), t>/de at e = 0 of every row, by differentiating the definition itself."""
+    e = torch.zeros(len(z), 1, dtype=torch.float64, requires_grad=True)
+    (derivative,) = torch.autograd.grad((step(z.detach(), v.detach(), e) * t).sum(), e)
+    return derivative[:, 0]
+
+
+def random_block(d: int, stages: FusionStages, seed: int) -> MultiScaleFusion:
+    """A block whose last map is not zero, as after some training."""
+    torch.manual_seed(seed)
+    block = MultiScaleFusion(d, 8, stages=stages).double()
+    nn.init.normal_(block.to_residual.weight)
+    nn.init.normal_(block.to_residual.bias)
+    return block
+
+
+def random_step(d: int, seed: int, with_partner: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """z, t and the step v of a random gate."""
+    generator = torch.Generator().manual_seed(seed)
+    z, t = unit(5, d, generator), unit(5, d, generator)
+    r = torch.randn(5, d, generator=generator, dtype=torch.float64)
+    gate = torch.rand(5, d, generator=generator, dtype=torch.float64)
+    v = tangent(gate * r, z)
+    return z, t, without_conflict(v, z, t) if with_partner else v
+
+
+@given(seed=seeds, d=widths, e=st.floats(-3, 3), with_partner=st.booleans())
+@repeat
+def test_b_cosine_with_the_start(seed: int, d: int, e: float, with_partner: bool) -> None:
+    z, _, v = random_step(d, seed, with_partner)
+    torch.testing.assert_close((v * z).sum(1), torch.zeros(5, dtype=torch.float64))
+    cosine = (step(z, v, e) * z).sum(1)
+    torch.testing.assert_close(cosine, 1 / (1 + e**2 * v.square().sum(1)).sqrt())
+
+
+@given(seed=seeds, d=widths)
+@repeat
+def test_c_never_away_from_the_partner(seed: int, d: int) -> None:
+    z, t, v = random_step(d, seed, with_partner=True)
+    assert (slope(z, v, t) >= -1e-12).all()
+
+
+def test_c_needs_the_projection() -> None:
+    slopes = torch.cat([slope(*_ordered(random_step(6, s, with_partner=False))) for s in range(9)])
+    assert (slopes < -0.01).any()
+
+
+def _ordered(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    z, t, v = parts
+    return z, v, t
+
+
+@given(seed=seeds, d=widths)
+@repeat
+def test_d_bounded_by_the_angle(seed: int, d: int) -> None:
+    z, t, v = random_step(d, seed, with_partner=False)
+    sine = (1 - (z * t).sum(1).square()).clamp(min=0).sqrt()
+    assert (slope(z, v, t).abs() <= v.norm(dim=1) * sine + 1e-12).all()
+
+
+@given(seed=seeds, d=widths, angle=st.sampled_from([0.0, 1e-12, 1e-9, 1e-6, 1e-3, math.pi]))
+@repeat
+def test_nearly_aligned_partners_are_harmless(seed: int, d: int, angle: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = unit(4, d, generator).requires_grad_()
+    aside = F.normalize(tangent(unit(4, d, generator), z.detach()), dim=1)
+    t = math.cos(angle) * z.detach() + math.sin(angle) * aside
+    r = torch.randn(4, d, generator=generator, dtype=torch.float64, requires_grad=True)
+    v = without_conflict(tangent(r, z), z, t)
+    assert (v.norm(dim=1) <= r.norm(dim=1) * (1 + 1e-9)).all()
+    gradients = torch.autograd.grad(step(z, v, 1.0).square().sum(1).sum() + v.sum(), [z, r])
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() < 1e3
+
+
+@given(seed=seeds)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.parametrize("variant", [v for v in FUSION_VARIANTS if v != "none"])
+def test_block_takes_the_proposition_s_step(variant: str, seed: int) -> None:
+    stages = FUSION_VARIANTS[variant].stages
+    block = random_block(7, stages, seed)
+    generator = torch.Generator().manual_seed(seed)
+    z, t = unit(4, 7, generator), unit(4, 7, generator)
+    features = torch.randn(4, 9, 8, generator=generator, dtype=torch.float64)
+    out = block(z, features, t)
+    torch.testing.assert_close(out.embedding.norm(dim=1), torch.ones(4, dtype=torch.float64))
+    v = tangent(out.gate * block.residual(features), z)
+    if stages.gate:
+        assert ((out.gate > 0) & (out.gate < 1)).all()
+        v = without_conflict(v, z, t)
+        assert (slope(z, v, t) >= -1e-12).all()
+    torch.testing.assert_close(out.embedding, step(z, v, 1.0))
+
+
+def test_tower_works_alone() -> None:
+    block = random_block(7, FusionStages(), 0)
+    z = unit(4, 7, torch.Generator().manual_seed(0))
+    features = torch.randn(4, 9, 8, dtype=torch.float64)
+    alone = torch.cat([block(z[i : i + 1], features[i : i + 1])[0] for i in range(4)])
+    torch.testing.assert_close(block(z, features).embedding, alone)
+
+
+def test_partner_gets_no_gradient() -> None:
+    block = random_block(7, FusionStages(), 0)
+    z = unit(4, 7, torch.Generator().manual_seed(0))
+    t = unit(4, 7, torch.Generator().manual_seed(1)).requires_grad_()
+    out = block(z, torch.randn(4, 9, 8, dtype=torch.float64), t)
+    (gradient,) = torch.autograd.grad(out.embedding.sum(), t, allow_unused=True)
+    assert gradient is None
+
+
+def test_injection_leaves_out_what_is_not_there() -> None:
+    z = unit(3, 6, torch.Generator().manual_seed(0))
+    tokens = torch.randn(3, 5, 8, dtype=torch.float64)
+    none = FUSION_VARIANTS["none"].build(6, 8)(z, z, tokens, tokens)
+    assert none == (None, None)
+    both = Injection(6, 8).double()
+    assert both(z, z, tokens).text is None
+    image_only = FUSION_VARIANTS["image-only"].build(6, 8).double()(z, z, tokens, tokens)
+    assert image_only.image is not None
+    assert image_only.text is None
+
+
+# ---------------------------------------------------------------- (a), through a real trunk
+
+
+class InjectedClip(nn.Module):
+    """An open_clip model, its embeddings through `Injection` if there is one, and a loss."""
+
+    def __init__(self, clip: nn.Module, injection: Injection | None) -> None:
+        super().__init__()
+        self.clip, self.injection = clip, injection
+        self.loss = HighOrderPLLoss(16, order=3, transition_dim=8)
+        for parameter in self.loss.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: Tensor, ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        image, text, scale = self.clip(images, ids)
+        if self.injection is not None:
+            out = self.injection(image, text, tokens, tokens, mask)
+            image, text = (
+                x if y is None else y.embedding for x, y in ((image, out[0]), (text, out[1]))
+            )
+        value: Tensor = self.loss(image, text, scale)
+        return value
+
+
+@pytest.mark.parametrize("variant", FUSION_VARIANTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_starts_as_nothing(variant: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
+        text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2},
+    ).double()
+    injection = FUSION_VARIANTS[variant].build(16, 8).double()
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    ids = torch.randint(1, 49, (6, 8))
+    tokens = torch.randn(6, 5, 8, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 5])[:, None]
+    results = []
+    for used in (None, injection):
+        model = InjectedClip(clip, used)
+        value = model(images, ids, tokens, mask)
+        trunk = [*clip.parameters(), *model.loss.parameters()]
+        results.append([value.detach(), *torch.autograd.grad(value, trunk)])
+    assert sum(float(x.abs().sum()) for x in results[0]) > 1
+    for without, with_it in zip(*results, strict=True):
+        torch.testing.assert_close(with_it, without, rtol=1e-9, atol=1e-12)
+
+
+def test_a_learns_from_the_first_step() -> None:
+    torch.manual_seed(0)
+    block = MultiScaleFusion(6, 8)
+    z, t = F.normalize(torch.randn(2, 4, 6), dim=2)
+    out = block(z, torch.randn(4, 5, 8), t).embedding
+    (gradient,) = torch.autograd.grad((out * t).sum(), block.to_residual.weight)
+    assert gradient.abs().max() > 0
+
+
+def test_gate_penalty_is_its_mean() -> None:
+    plain = MultiScaleFusion(6, 8, stages=FusionStages(gate=False))
+    z = F.normalize(torch.randn(4, 6), dim=1)
+    assert (plain(z, torch.randn(4, 5, 8)).gate == 1).all()

@@ -1,0 +1,226 @@
+"""What callers may do with the op: any upstream, any strides, twice, in any order of programs."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from sanitizer import KernelFault, sanitize
+from torch import Tensor
+from triton_cases import (
+    DEVICE,
+    SMALL_TILES,
+    Inputs,
+    Results,
+    assert_close,
+    assert_identical,
+    can_run,
+    expected,
+    guarded,
+    interpreted_only,
+    make_inputs,
+    run,
+    upstream,
+)
+
+from rankloss.kernels import high_order_triton, plackett_luce
+from rankloss.kernels.configurations import using
+
+pytestmark = can_run
+
+PROBLEMS = {
+    "order 1": make_inputs(3, 20, 20, 1, ragged=True, discount=True),
+    "order 1, K < M": make_inputs(3, 20, 7, 1, ragged=True, discount=True),
+    "order 3": make_inputs(3, 20, 20, 3, ragged=True, discount=True),
+    "order 3, completed": make_inputs(3, 20, 17, 3, ragged=True, masked=True),
+    "order 3, natural": make_inputs(3, 20, 7, 3, r=20, ragged=True),
+    "order 4, half": make_inputs(2, 20, 18, 4, dtype=torch.float16),
+}
+each_problem = pytest.mark.parametrize("inputs", PROBLEMS.values(), ids=PROBLEMS.keys())
+
+
+def gradients(nll: Tensor, inputs: Inputs, grad: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(nll, inputs.leaves(), grad, retain_graph=True))
+
+
+@lru_cache
+def run_name(name: str) -> Results:
+    """The results that every variation is compared with."""
+    with guarded(), using(SMALL_TILES):
+        return run(PROBLEMS[name])
+
+
+def run_small(inputs: Inputs) -> Results:
+    return run_name(next(name for name, p in PROBLEMS.items() if p is inputs))
+
+
+# ---------------------------------------------------------------- upstream gradients
+
+
+@each_problem
+def test_upstream_of_any_strides(inputs: Inputs) -> None:
+    """Expanded (what `.sum()` sends), strided among NaN; the second after another."""
+    with guarded(), using(SMALL_TILES):
+        x = inputs.with_leaves()
+        nll = plackett_luce(*x, impl="triton")
+        n = len(nll)
+        ones = gradients(nll, x, torch.ones(n, device=DEVICE))
+        expanded = gradients(nll, x, torch.ones((), device=DEVICE).expand(n))
+        assert all(map(torch.equal, expanded, ones))
+        wide = torch.stack([upstream(n), torch.full((n,), torch.nan, device=DEVICE)], 1)
+        strided = gradients(nll, x, wide[:, 0])
+    assert all(map(torch.equal, strided, run_small(inputs).gradients()))
+
+
+@each_problem
+def test_three_times_the_loss_has_three_times_the_gradient(inputs: Inputs) -> None:
+    """Accumulated over two backward passes, too: 1 + 3 = 4."""
+    with guarded(), using(SMALL_TILES):
+        once = run(inputs, grad=torch.ones(len(inputs.scores), device=DEVICE)).gradients()
+        x = inputs.with_leaves()
+        loss = plackett_luce(*x, impl="triton").sum()
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        (3 * loss).backward()  # type: ignore[no-untyped-call]
+    for leaf, g in zip(x.leaves(), once, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, 4 * g, rtol=4 * torch.finfo(g.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["order 1, K < M", "order 3, natural"])
+def test_zero_upstream_has_zero_gradients(name: str) -> None:
+    inputs = PROBLEMS[name]
+    with guarded(), using(SMALL_TILES):
+        nothing = run(inputs, grad=torch.zeros(len(inputs.scores), device=DEVICE))
+    assert all(g.abs().sum() == 0 for g in nothing.gradients())
+
+
+@each_problem
+def test_inputs_and_upstream_are_left_alone(inputs: Inputs) -> None:
+    grad = upstream(len(inputs.scores))
+    before = [x.clone() for x in (*inputs, grad)]
+    with guarded(), using(SMALL_TILES):
+        x = inputs.with_leaves()
+        versions = [t._version for t in (*x, grad)]
+        nll = plackett_luce(*x, impl="triton")
+        value = nll.detach().clone()
+        gradients(nll, x, grad)
+    assert all(map(torch.equal, (*inputs, grad), before))
+    assert all(map(torch.equal, x, inputs))
+    assert [t._version for t in (*x, grad)] == versions
+    assert torch.equal(nll, value)
+
+
+# ---------------------------------------------------------------- memory layouts of the inputs
+
+
+def scattered(x: Tensor) -> Tensor:
+    """Equal, in memory of other strides, among NaN (or the largest integers)."""
+    fill = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    wide = torch.full(
+        (*(2 * s + 1 for s in reversed(x.shape)),), fill, dtype=x.dtype, device=x.device
+    )
+    view = wide[(slice(1, None, 2),) * x.dim()].permute(*reversed(range(x.dim())))
+    return view.copy_(x)
+
+
+@each_problem
+def test_inputs_of_any_strides(inputs: Inputs) -> None:
+    wanted = run_small(inputs)
+    with guarded(), using(SMALL_TILES):
+        x = Inputs(*map(scattered, inputs))
+        leaves = [t.requires_grad_() for t in x.leaves()]
+        nll = plackett_luce(*x, impl="triton")
+        actual = torch.autograd.grad(nll, leaves, upstream(len(nll)))
+    assert torch.equal(nll, wanted.nll)
+    assert all(map(torch.equal, actual, wanted.gradients()))
+
+
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("k", [5, 18])
+def test_expanded_inputs(k: int, order: int) -> None:
+    """One row of scores, one ranking, one length, one weight for all."""
+    inputs = make_inputs(1, 20, k, order)
+    n = 3
+    expanded = inputs._replace(
+        scores=inputs.scores.expand(n, 20),
+        ranking=inputs.ranking.expand(n, k),
+        lengths=inputs.lengths.expand(n),
+        weights=torch.full((1,), 0.5, device=DEVICE).expand(k),
+    )
+    materialised = Inputs(*(x.contiguous() for x in expanded))
+    with guarded(), using(SMALL_TILES):
+        assert torch.equal(
+            plackett_luce(*expanded, impl="triton"), plackett_luce(*materialised, impl="triton")
+        )
+        nll, lse, live = torch.ops.rankloss.plackett_luce(*expanded, "triton")
+        grad = torch.ones(1, device=DEVICE).expand(n)
+        a = torch.ops.rankloss.plackett_luce_backward(grad, lse, live, *expanded, "triton")
+    wanted = expected(materialised, torch.ones(n, device=DEVICE))
+    assert_close(Results(nll, lse, *a), wanted, materialised)
+
+
+# ---------------------------------------------------------------- order of programs, determinism
+
+
+@each_problem
+def test_results_repeat_bit_for_bit(inputs: Inputs) -> None:
+    """With and without deterministic algorithms, with and without NaN in fresh buffers."""
+    with using(SMALL_TILES):
+        assert_identical(run(inputs), run_small(inputs))
+
+
+@interpreted_only
+@each_problem
+def test_results_do_not_depend_on_the_order_of_programs(inputs: Inputs) -> None:
+    with guarded(reverse=True), using(SMALL_TILES):
+        backwards = run(inputs)
+    assert_identical(backwards, run_small(inputs))
+
+
+# ---------------------------------------------------------------- chunks of anchors
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("name", ["order 3", "order 3, completed", "order 3, natural"])
+def test_gradients_of_tables_by_chunks(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = PROBLEMS[name]
+    monkeypatch.setattr(high_order_triton, "_chunk_of_anchors", lambda *_: chunk)
+    with guarded(), using(SMALL_TILES):
+        actual = run(inputs)
+    assert_close(actual, expected(inputs), inputs)
+    assert torch.equal(actual.d_scores, run_small(inputs).d_scores)
+
+
+@pytest.mark.parametrize(("smallest", "chunks"), [(12 << 20, 1), (1, 9)])
+def test_size_of_a_chunk(smallest: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers hold at most 2 N M floats, or the smallest budget if that is more."""
+    monkeypatch.setattr(high_order_triton, "SMALLEST_BUFFER", smallest)
+    n, m, width = 9, 32, 64
+    size = high_order_triton._chunk_of_anchors(n, m, m, width, 4)
+    assert -(-n // size) == chunks
+    assert size == 1 or size * 2 * m * width * 4 <= max(8 * n * m, smallest)
+
+
+# ---------------------------------------------------------------- the checks themselves
+
+
+@interpreted_only
+def test_the_sanitizer_watches_the_kernels() -> None:
+    """A tensor that is too short is caught, so the silence of the other tests means much."""
+    inputs = PROBLEMS["order 3"]
+    short = inputs._replace(weights=inputs.weights[:-1])
+    tensors = [x.contiguous() for x in short]
+    with sanitize(), using(SMALL_TILES), pytest.raises(Exception, match="out of bounds: load") as e:
+        torch.ops.rankloss.plackett_luce(*tensors, "triton")
+    assert KernelFault.__name__ in repr(e.value)
+
+
+@interpreted_only
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_float32_products_are_exact(name: str) -> None:
+    """The table multiplies float32 in IEEE precision unless torch is told otherwise."""
+    with guarded() as report:
+        run(PROBLEMS[name])
+    assert report.dot_precisions <= {"ieee"}
+    assert report.dot_precisions or name.startswith("order 1")

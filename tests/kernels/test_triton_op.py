@@ -1,0 +1,463 @@
+"""The Triton implementation inside PyTorch and inside the losses, and where it refuses to run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from problems import make_problem
+from properties import (
+    assert_constants_change_nothing,
+    assert_first_order_is_list_mle,
+    assert_first_place_is_info_nce,
+    assert_probabilities_sum_to_one,
+    assert_relabelling_changes_nothing,
+    assert_zero_keys_leave_order_one,
+    assert_zero_terms_lower_the_order,
+)
+from torch import Tensor
+from triton_cases import (
+    DEVICE,
+    SMALL_TILES,
+    Inputs,
+    assert_close,
+    assert_identical,
+    can_run,
+    expected,
+    guarded,
+    interpreted_only,
+    make_inputs,
+    run,
+    upstream,
+)
+
+from rankloss import HighOrderPLLoss, TransitionHeads
+from rankloss.kernels import (
+    choose,
+    first_order_kernels,
+    first_order_triton,
+    high_order_kernels,
+    high_order_triton,
+    launch,
+    plackett_luce,
+    why_not,
+)
+from rankloss.kernels.configurations import Configuration, configuration, using
+
+each_impl = pytest.mark.parametrize("impl", ["triton", "triton-dense"])
+each_order = pytest.mark.parametrize("order", [1, 3])
+each_k = pytest.mark.parametrize("k", [5, 16])
+
+# ---------------------------------------------------------------- the identities, in float32
+
+
+@can_run
+@pytest.mark.parametrize(("k", "order"), [(7, 4), (20, 2)])
+def test_identities(k: int, order: int) -> None:
+    p = make_problem(k, 2, 20, k, order, discount="log", dtype=torch.float32)
+    labels = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    with guarded(), using(SMALL_TILES):
+        assert_first_place_is_info_nce(p, "triton")
+        assert_first_order_is_list_mle(p._replace(ranking=p.scores.argsort(1)), "triton")
+        assert_zero_keys_leave_order_one(p, "triton")
+        assert_relabelling_changes_nothing(p, labels, "triton")
+        assert_constants_change_nothing(p, torch.tensor([3.0, -7.0]), "triton")
+        if order > 2:
+            assert_zero_terms_lower_the_order(p, 2, "triton")
+
+
+@can_run
+@each_order
+def test_probabilities_of_all_rankings_sum_to_one(order: int) -> None:
+    p = make_problem(0, 1, 4, 4, order, dtype=torch.float32)
+    with guarded(), using(SMALL_TILES):
+        assert_probabilities_sum_to_one(p, "triton")
+
+
+# ---------------------------------------------------------------- PyTorch's machinery
+
+
+@can_run
+@each_impl
+@each_order
+@each_k
+def test_opcheck(k: int, order: int, impl: str) -> None:
+    inputs = make_inputs(2, 18, k, order, ragged=True)
+    ops = torch.ops.rankloss
+    with using(SMALL_TILES):
+        torch.library.opcheck(ops.plackett_luce.default, (*inputs, impl))
+        _, lse, live = ops.plackett_luce(*inputs, impl)
+        args = upstream(2), lse, live, *inputs, impl
+        torch.library.opcheck(ops.plackett_luce_backward.default, args)
+
+
+@can_run
+@each_impl
+@each_order
+@each_k
+def test_compiled_graph_has_the_same_bits(k: int, order: int, impl: str) -> None:
+    inputs = make_inputs(2, 18, k, order)
+
+    def loss(*x: Tensor) -> Tensor:
+        return plackett_luce(*Inputs(*x), impl=impl).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    with using(SMALL_TILES):
+        for f in (loss, compiled):
+            x = inputs.with_leaves()
+            value = f(*x)
+            results.append([value.detach(), *torch.autograd.grad(value, x.leaves())])
+    assert all(map(torch.equal, *results))
+
+
+@can_run
+@each_order
+def test_meta_tensors(order: int) -> None:
+    inputs = make_inputs(2, 18, 16, order)
+    x = Inputs(*(t.to("meta") for t in inputs)).with_leaves()
+    nll = plackett_luce(*x, impl="triton")
+    gradients = torch.autograd.grad(nll.sum(), x.leaves())
+    assert (nll.shape, nll.dtype) == ((2,), torch.float32)
+    assert [g.shape for g in gradients] == [t.shape for t in x.leaves()]
+
+
+@can_run
+@each_order
+def test_vmap_of_the_gradient(order: int) -> None:
+    batch = [make_inputs(2, 18, 5, order, seed=seed, ragged=True) for seed in range(2)]
+
+    def total(*x: Tensor) -> Tensor:
+        return plackett_luce(*Inputs(*x), impl="triton").sum()
+
+    gradient = torch.func.grad(total, argnums=(0, 4, 5))
+
+    with using(SMALL_TILES):
+        stacked = torch.func.vmap(gradient, in_dims=(0, 0, 1, None, 0, 0))(
+            torch.stack([b.scores for b in batch]),
+            torch.stack([b.ranking for b in batch]),
+            torch.stack([b.lengths for b in batch], 1),
+            batch[0].weights,
+            torch.stack([b.predecessors for b in batch]),
+            torch.stack([b.keys for b in batch]),
+        )
+        for i, b in enumerate(batch):
+            one = run(b, grad=torch.ones(2, device=DEVICE)).gradients()
+            assert all(torch.equal(s[i], g) for s, g in zip(stacked, one, strict=True))
+
+
+@can_run
+def test_second_derivatives_are_refused() -> None:
+    x = make_inputs(2, 18, 16, 3).with_leaves()
+    nll = plackett_luce(*x, impl="triton")
+    (g,) = torch.autograd.grad(nll.sum(), x.scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        g.sum().backward()  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+@can_run
+@each_order
+def test_autocast_changes_nothing(order: int) -> None:
+    inputs = make_inputs(2, 18, 16, order)
+    with using(SMALL_TILES):
+        plain = run(inputs)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert_identical(run(inputs), plain)
+
+
+@can_run
+def test_gradients_have_the_dtype_of_their_input() -> None:
+    inputs = make_inputs(2, 18, 16, 3, dtype=torch.float16)
+    mixed = inputs._replace(scores=inputs.scores.bfloat16(), keys=inputs.keys.float())
+    with using(SMALL_TILES):
+        actual = run(mixed)
+    assert actual.nll.dtype == torch.float32
+    assert [g.dtype for g in actual.gradients()] == [torch.bfloat16, torch.float16, torch.float32]
+    rounded = actual._replace(
+        d_scores=actual.d_scores.float(), d_predecessors=actual.d_predecessors.float()
+    )
+    half = mixed._replace(keys=mixed.keys.bfloat16())  # whose gate is that of bfloat16 gradients
+    assert_close(rounded, expected(mixed), half)
+
+
+# ---------------------------------------------------------------- the losses
+
+
+@can_run
+@pytest.mark.parametrize(
+    ("with_ids", "options"),
+    [
+        (False, {"order": 1}),
+        (True, {"order": 1, "top_k": 3, "exclude_self": True}),
+        (True, {"order": 2, "top_k": 4, "discount": "log"}),
+        (False, {"order": 3, "top_k": 5, "share_transitions": False}),
+        (True, {"order": 3, "exclude_self": True}),
+    ],
+    ids=str,
+)
+def test_losses_equal_those_of_the_blocked_implementation(
+    with_ids: bool, options: dict[str, Any]
+) -> None:
+    n, width = 11, 12
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, n, width, generator=generator)
+    features = torch.nn.functional.normalize(features, dim=2).to(DEVICE)
+    ids = {}
+    if with_ids:
+        image_ids, text_ids = torch.arange(n) // 2, torch.arange(n) % 9
+        ids = {"image_ids": image_ids.to(DEVICE), "text_ids": text_ids.to(DEVICE)}
+    results = []
+    for impl in ("blocked", "triton"):
+        loss = HighOrderPLLoss(width, transition_dim=8, impl=impl, **options)
+        for head in (x for x in loss.modules() if isinstance(x, TransitionHeads)):
+            torch.nn.init.normal_(head.key_weight, generator=generator.manual_seed(1))
+        loss = loss.to(DEVICE)
+        pair, scale = features.clone().requires_grad_(), torch.tensor(20.0, device=DEVICE)
+        scale.requires_grad_()
+        with using(SMALL_TILES):
+            value = loss(pair[0], pair[1], scale, **ids)
+            leaves = [pair, scale, *loss.parameters()]
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+# ---------------------------------------------------------------- launches
+
+
+class Kernel:
+    """Stands in for a kernel: notes what it is launched with, and runs nothing."""
+
+    def __init__(self, original: Any, notes: list[tuple[str, dict[str, Any], dict[str, Any]]]):
+        self.fn = original.fn
+        self.notes = notes
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*args: Any, **options: Any) -> None:
+            names = self.fn.__code__.co_varnames
+            name = f"{self.fn.__module__}.{self.fn.__name__}"
+            self.notes.append((name, dict(zip(names, args)), options))  # noqa: B905
+
+        return launched
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, arguments and options of each launch; no kernel runs."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for module in (high_order_triton, first_order_triton):
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Kernel(value, found))
+    return found
+
+
+Notes = list[tuple[str, dict[str, Any], dict[str, Any]]]
+
+
+@can_run
+@pytest.mark.parametrize(("order", "most"), [(1, 14), (3, 4)])
+def test_fifty_shapes_compile_a_handful_of_kernels(order: int, most: int, notes: Notes) -> None:
+    """A kernel compiles once for each set of options, dtypes and specialised numbers.
+
+    High orders: two walks, short lists or not. Order 1: seven block sizes from 16 to 1024, all
+    candidates ranked or not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for shape in range(50):
+        m = int(torch.randint(1, 3000 if order == 1 else 300, (), generator=generator))
+        k = m if shape % 2 else int(torch.randint(1, m + 1, (), generator=generator))
+        n = shape % 3 + 1
+        x = make_inputs(n, m, k, order) if m < 300 else wide(n, m, k)
+        run(x)
+    keys: dict[str, set[Any]] = {}
+    sizes = {*high_order_kernels._SIZES, *first_order_kernels._SIZES}
+    for name, arguments, options in notes:
+        numbers = {a for a, x in arguments.items() if isinstance(x, int)}
+        assert numbers <= sizes, "specialised on a size"
+        dtypes = [x.dtype for x in arguments.values() if isinstance(x, Tensor)]
+        keys.setdefault(name, set()).add((*sorted(options.items()), *map(str, dtypes)))
+    assert len(keys) == (2 if order == 1 else 4)
+    assert all(len(x) <= most for x in keys.values()), {n: len(x) for n, x in keys.items()}
+
+
+def wide(n: int, m: int, k: int) -> Inputs:
+    """Order 1 without the time that a random problem takes."""
+    ranking = torch.arange(k, device=DEVICE).expand(n, k)
+    empty = torch.empty(0, m, 8, device=DEVICE)
+    ones = torch.ones(k, device=DEVICE)
+    return Inputs(
+        torch.zeros(n, m, device=DEVICE),
+        ranking,
+        torch.full((n,), k, device=DEVICE),
+        ones,
+        empty,
+        empty,
+    )
+
+
+@can_run
+@each_order
+def test_launches_happen_on_the_device_of_the_tensors(
+    order: int, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[Tensor] = []
+    counts = []
+
+    @contextmanager
+    def recorded(tensor: Tensor) -> Iterator[None]:
+        before = len(notes)
+        inside.append(tensor)
+        yield
+        counts.append(len(notes) - before)
+
+    for module in (high_order_triton, first_order_triton):
+        monkeypatch.setattr(module, "on_device_of", recorded)
+    run(make_inputs(2, 18, 16, order))
+    assert len(inside) == 2
+    assert sum(counts) == len(notes) > 0
+    assert all(x.shape == (2, 18) for x in inside)
+
+
+def test_current_device_is_set_for_cuda_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnSecondGpu:
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    entered = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with launch.on_device_of(torch.ones(1)):
+        assert entered == []
+    with launch.on_device_of(OnSecondGpu()):  # type: ignore[arg-type]
+        assert entered == [torch.device("cuda", 1)]
+
+
+# ---------------------------------------------------------------- precision of products
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "dtype", "precision"),
+    [
+        ("highest", "cuda", torch.float32, "ieee"),
+        ("high", "cuda", torch.float32, "tf32"),
+        ("medium", "cuda", torch.float32, "tf32"),
+        ("high", "cuda", torch.bfloat16, "ieee"),  # halves are multiplied as they are
+        ("high", "cpu", torch.float32, "ieee"),
+    ],
+)
+def test_precision_follows_torch(
+    setting: str, device: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    monkeypatch.setattr("rankloss.kernels.configurations.architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configuration(torch.device(device), dtype, 100).precision == precision
+
+
+@interpreted_only
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("columns", [16, 32])
+def test_every_product_has_the_configured_precision(columns: int, precision: str) -> None:
+    entry = Configuration(places=16, candidates=16, columns=columns, precision=precision)
+    with guarded() as report, using(entry):
+        run(make_inputs(1, 18, 16, 4))
+    assert report.dot_precisions == {precision}
+
+
+# ---------------------------------------------------------------- where it cannot run
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown impl 'cuda'; choose 'auto' or one of \['triton'"
+    ):
+        why_not("cuda", CPU)
+    with pytest.raises(ValueError, match="unknown impl 'tritn'"):
+        choose("tritn", CPU)
+
+
+@can_run
+def test_float64_is_refused_with_the_remedy() -> None:
+    assert "float64" in str(why_not("triton", DEVICE, torch.float64))
+    inputs = make_inputs(2, 6, 6, 2)
+    for double in (
+        inputs._replace(scores=inputs.scores.double()),
+        inputs._replace(keys=inputs.keys.double()),
+    ):
+        with pytest.raises(ValueError, match="use 'blocked' or 'reference' for float64"):
+            plackett_luce(*double, impl="triton")
+
+
+def test_other_devices_are_refused() -> None:
+    assert "CUDA and ROCm GPUs" in str(why_not("triton", torch.device("mps")))
+    with pytest.raises(ValueError, match="impl='triton-dense' cannot run on mps"):
+        choose("triton-dense", torch.device("mps"))
+    assert why_not("blocked", torch.device("mps")) is None
+
+
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
+    )
+    assert why_not("triton", GPU) == "triton is not installed"
+    assert choose("auto", GPU) == "blocked"
+    assert why_not("reference", GPU) is None
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "blocked"), ((8, 0), "triton")])
+def test_old_gpus(
+    capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choose("auto", GPU) == chosen
+    assert choose("auto", GPU, torch.float64) == "blocked"
+    if chosen == "blocked":
+        assert "compute capability 8.0" in str(why_not("triton", GPU))
+
+
+PLAIN_CPU = """
+import sys, torch
+from rankloss.kernels import choose, plackett_luce, why_not
+print(why_not("triton", torch.device("cpu")))
+assert choose("auto", torch.device("cpu")) == "blocked"
+empty = torch.empty(0, 3, 8)
+args = torch.zeros(1, 3), torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.ones(3), empty, empty
+plackett_luce(*args)
+assert "rankloss.kernels.fused" not in sys.modules
+try:
+    plackett_luce(*args, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_cpu_without_the_interpreter() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_CPU],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason, error = done.stdout.splitlines()
+    assert "set TRITON_INTERPRET=1 before the first import" in reason
+    assert error == f"impl='triton' cannot run on cpu: {reason}"

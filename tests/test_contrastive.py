@@ -1,0 +1,184 @@
+"""The contrastive term: CLIP's, several positives, and the streamed form of large batches."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from features import features
+from open_clip.loss import ClipLoss as OpenClipLoss
+from torch import Tensor
+
+from rankloss import ClipLoss, HighOrderPLLoss, contrastive, ranking
+from rankloss.contrastive import info_nce, matches, streamed_info_nce
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("bias", [None, -3.0])
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_clip_is_open_clips(n: int, bias: float | None, scale: float, dtype: torch.dtype) -> None:
+    image, text = features(n, 16, dtype=dtype)
+    s = torch.tensor(scale, dtype=dtype, requires_grad=True)
+    b = None if bias is None else torch.tensor(bias, dtype=dtype, requires_grad=True)
+    leaves = [image, text, s]
+    results = []
+    for loss in (ClipLoss(), OpenClipLoss()):
+        value = loss(image, text, s) if b is None else loss(image, text, s, b)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    eps = torch.finfo(dtype).eps
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=8 * eps * scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_the_contrastive_part_of_every_order_is_clip(scale: float) -> None:
+    image, text = features(9)
+    clip = ClipLoss()(image, text, scale)
+    for order in (0, 1, 3):
+        loss = HighOrderPLLoss(8, order, contrastive_weight=1.0).double()
+        parts = loss(image, text, scale, output_dict=True)
+        assert torch.equal(parts["contrastive_loss"], clip)
+
+
+# ---------------------------------------------------------------- several positives
+
+
+def info_nce_by_hand(scores: list[list[float]], positives: list[list[bool]]) -> float:
+    total = 0.0
+    for row, is_positive in zip(scores, positives, strict=True):
+        pairs = list(zip(row, is_positive, strict=True))
+        negatives = sum(math.exp(x) for x, positive in pairs if not positive)
+        terms = [math.log(math.exp(x) + negatives) - x for x, positive in pairs if positive]
+        total += sum(terms) / len(terms)
+    return total / len(scores)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_several_positives_by_hand(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randn(4, 7, generator=g, dtype=torch.float64) * 3
+    own = torch.randint(7, (4,), generator=g)
+    positives = torch.rand(4, 7, generator=g) < 0.4
+    positives[torch.arange(4), own] = True
+    value = info_nce(scores, own, positives)
+    expected = info_nce_by_hand(scores.tolist(), positives.tolist())
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_one_positive_is_cross_entropy() -> None:
+    scores, own = torch.randn(4, 7, dtype=torch.float64), torch.tensor([3, 0, 6, 3])
+    alone = torch.nn.functional.one_hot(own, 7).bool()
+    torch.testing.assert_close(info_nce(scores, own, alone), info_nce(scores, own))
+    torch.testing.assert_close(
+        info_nce(scores, own), torch.nn.functional.cross_entropy(scores, own)
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_positives_are_never_pushed_down(scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    scores = (torch.randn(8, 9, generator=g) * scale).requires_grad_()
+    positives = torch.rand(8, 9, generator=g) < 0.4
+    positives[:, 0] = True
+    positives[7] = True  # nothing to push away from
+    value = info_nce(scores, torch.zeros(8, dtype=torch.long), positives)
+    (gradient,) = torch.autograd.grad(value, scores)
+    assert gradient.isfinite().all()
+    assert (gradient[positives] <= 0).all()
+    assert (gradient[~positives] >= 0).all()
+    assert gradient[7].abs().max() == 0
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("positives", [None, torch.empty(0, 3, dtype=torch.bool)])
+def test_empty_batch(positives: Tensor | None) -> None:
+    scores = torch.empty(0, 3, requires_grad=True)
+    value = info_nce(scores, torch.empty(0, dtype=torch.long), positives)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value == 0
+    assert scores.grad is not None
+
+
+def test_matches() -> None:
+    own = torch.tensor([2, 0])
+    a, b = torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 5])
+    assert matches([], own) is None
+    shared_a = [[True, False, True, False]] * 2
+    shared_either = [[True, False, True, False], [True, False, True, True]]
+    for ids, expected in (([a], shared_a), ([a, b], shared_either)):
+        result = matches(ids, own)
+        assert result is not None
+        assert result.tolist() == expected
+
+
+# ---------------------------------------------------------------- streaming
+
+
+IDS = {
+    "no ids": [],
+    "images": [torch.tensor([0, 1, 0, 2, 3, 4, 0, 5, 6])],
+    "both": [torch.tensor([0, 1, 0, 2, 3, 4, 0, 5, 6]), torch.tensor([1, 1, 2, 3, 4, 5, 6, 7, 7])],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 99])
+@pytest.mark.parametrize("bias", [None, -3.0])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_streamed_equals_held(
+    scale: float,
+    ids: list[Tensor],
+    bias: float | None,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when run backward twice."""
+    monkeypatch.setattr(contrastive, "STREAM_ABOVE", 16 * 9 * rows)
+    v, t = features(9, 5)
+    own = torch.tensor([0, 3, 8, 2, 6])
+    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    b = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
+    leaves = [x for x in (v, t, s) if x is not None]
+    held = info_nce(s * v[own] @ t.T + (0 if b is None else b), own, matches(ids, own))
+    streamed = streamed_info_nce(v[own], t, s, own, ids, b)
+    expected = torch.autograd.grad(held, leaves)
+    torch.testing.assert_close(streamed, held)
+    for factor in (1.0, 3.0):
+        actual = torch.autograd.grad(factor * streamed, leaves, retain_graph=True)
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x, factor * y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_ids", [False, True], ids=["no ids", "ids"])
+def test_a_large_batch_streams(
+    with_ids: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, text = features(12, dtype=dtype)
+    ids = {"image_ids": torch.arange(12) // 2} if with_ids else {}
+    held = ClipLoss()(image, text, 20.0, -1.0, **ids)
+    expected = torch.autograd.grad(held, (image, text))
+    calls = []
+    plain = streamed_info_nce
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return plain(*args)
+
+    for module in (contrastive, ranking):
+        monkeypatch.setattr(module, "STREAM_ABOVE", 50)
+    monkeypatch.setattr(ranking, "streamed_info_nce", counted)
+    streamed = ClipLoss()(image, text, 20.0, -1.0, **ids)
+    assert len(calls) == 2  # images to texts, and texts to images
+    assert streamed.dtype == held.dtype
+    torch.testing.assert_close(streamed, held)
+    eps = torch.finfo(dtype).eps
+    for x, y in zip(torch.autograd.grad(streamed, (image, text)), expected, strict=True):
+        size = float(y.abs().max())
+        torch.testing.assert_close(x, y, rtol=0, atol=2 * eps * size + 1e-6)
+
+
+def test_streaming_an_empty_batch() -> None:
+    v, t = features(0)
+    assert streamed_info_nce(v, t, torch.tensor(2.0), torch.empty(0, dtype=torch.long)) == 0

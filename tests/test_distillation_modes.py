@@ -1,0 +1,378 @@
+"""The distillation losses in half precision, under autocast, compiled, mapped, on meta tensors."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from distillation_loops import gradient, random_features
+from torch import Tensor, nn
+
+from rankloss import (
+    GramAnchor,
+    GramLoss,
+    KoLeoLoss,
+    RelationalAngleLoss,
+    RelationalDistanceLoss,
+)
+from rankloss.distillation import resize_features
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "gram": GramLoss,
+    "gram, batch, clamped": lambda: GramLoss("batch", "clamp"),
+    "gram, teacher clamped": lambda: GramLoss(negatives="clamp_teacher"),
+    "gram, reference": lambda: GramLoss(impl="reference"),
+    "distance": RelationalDistanceLoss,
+    "angle": RelationalAngleLoss,
+    "koleo": KoLeoLoss,
+    "koleo, groups": lambda: KoLeoLoss(2, group_size=3),
+}
+each_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES.keys())
+each_with_teacher = pytest.mark.parametrize(
+    "make",
+    [make for name, make in LOSSES.items() if "koleo" not in name],
+    ids=[name for name in LOSSES if "koleo" not in name],
+)
+HALF = [torch.bfloat16, torch.float16]
+
+
+def inputs(loss: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Student, and teacher where there is one."""
+    shape = (2, 6) if isinstance(loss, GramLoss) else (6,)
+    student = random_features(*shape, 5, seed=seed, dtype=dtype)
+    if isinstance(loss, KoLeoLoss):
+        return [student]
+    return [student, random_features(*shape, 7, seed=seed + 1000, dtype=dtype)]
+
+
+def value_and_gradient(
+    loss: Callable[..., Tensor], student: Tensor, *rest: Tensor, autocast: torch.dtype | None = None
+) -> list[Tensor]:
+    leaf = student.detach().requires_grad_()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        value = loss(leaf, *rest)
+    return [value.detach(), gradient(value, leaf)]
+
+
+def assert_equal_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    assert [x.dtype for x in a] == [x.dtype for x in b]
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- precision
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_is_computed_in_float32(
+    dtype: torch.dtype, make: Callable[[], nn.Module]
+) -> None:
+    loss = make()
+    halves = inputs(loss, dtype=dtype)
+    value, d_student = value_and_gradient(loss, *halves)
+    expected, d_expected = value_and_gradient(loss, *(x.float() for x in halves))
+    assert_equal_bits([value, d_student], [expected, d_expected.to(dtype)])
+    assert value.dtype == torch.float32
+
+
+@each_loss
+def test_float64_stays(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    value, d_student = value_and_gradient(loss, *inputs(loss, dtype=torch.float64))
+    assert value.dtype == d_student.dtype == torch.float64
+    rounded, _ = value_and_gradient(loss, *inputs(loss))
+    assert value != rounded.double()
+    torch.testing.assert_close(value.float(), rounded)
+
+
+@each_with_teacher
+def test_a_float64_teacher_decides(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    student, teacher = inputs(loss)
+    value, d_student = value_and_gradient(loss, student, teacher.double())
+    exact, d_exact = value_and_gradient(loss, student.double(), teacher.double())
+    assert value.dtype == torch.float64
+    assert d_student.dtype == torch.float32
+    torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(d_student, d_exact.float(), rtol=1e-4, atol=1e-6)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("autocast", HALF, ids=str)
+def test_autocast_changes_nothing(
+    autocast: torch.dtype, dtype: torch.dtype, make: Callable[[], nn.Module]
+) -> None:
+    """The same bits as outside it: every cast is the loss's own."""
+    loss = make()
+    given = inputs(loss, dtype=dtype)
+    within = value_and_gradient(loss, *given, autocast=autocast)
+    assert_equal_bits(within, value_and_gradient(loss, *given))
+
+
+@pytest.mark.parametrize("impl", ["blocked", "reference"])
+@pytest.mark.parametrize("negatives", ["keep", "clamp", "clamp_teacher"])
+def test_rounding(negatives: Any, impl: str) -> None:
+    """Against float64 on the same numbers, the error of a plain float32 computation at most
+    doubles; and both are a few roundings of a cosine."""
+    eps = torch.finfo(torch.float32).eps
+    for seed in range(20):
+        student, teacher = (
+            random_features(3, 40, width, seed=seed + width, dtype=torch.float32)
+            for width in (16, 24)
+        )
+        if seed % 2:  # a distilled student: differences are small
+            student, teacher = teacher + 1e-3 * random_features(3, 40, 24).float(), teacher
+        exact = value_and_gradient(
+            GramLoss(negatives=negatives, impl="reference"), student.double(), teacher.double()
+        )
+        actual = value_and_gradient(GramLoss(negatives=negatives, impl=impl), student, teacher)
+        size = float(exact[0].sqrt())  # of a difference of cosines, each off by a few eps
+        assert abs(float(actual[0] - exact[0])) <= 4 * eps * size * (1 + size)
+        error = (actual[1] - exact[1]).norm() / exact[1].norm()
+        assert error <= 8 * eps * (1 + 1 / size), f"{error:.1e}, differences of {size:.1e}"
+
+
+# ---------------------------------------------------------------- teachers
+
+
+@each_with_teacher
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_teachers_never_get_gradient(dtype: torch.dtype, make: Callable[[], nn.Module]) -> None:
+    """Also when they require one."""
+    loss = make()
+    student, teacher = inputs(loss, dtype=dtype)
+    teacher.requires_grad_()
+    value = loss(student.requires_grad_(), teacher * 2)
+    value.backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+    alone = loss(student.detach(), teacher)
+    assert not alone.requires_grad
+
+
+def test_resized_teachers_never_get_gradient() -> None:
+    student, teacher = random_features(1, 4, 3), random_features(1, 16, 3, seed=1)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    GramLoss()(student, teacher, student_grid=(2, 2), teacher_grid=(4, 4)).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+@each_with_teacher
+def test_a_student_may_be_its_own_teacher(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    student, _ = inputs(loss)
+    value, d_student = value_and_gradient(lambda x: loss(x, x), student)
+    if "clamp_teacher" in repr(loss):
+        return  # the student's positive part differs from all of it
+    assert value < 1e-12
+    assert d_student.abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------- backward
+
+
+@each_loss
+def test_expanded_upstream_and_two_backward_passes(make: Callable[[], nn.Module]) -> None:
+    """A retained graph gives the same gradient again, times whatever comes from above."""
+    loss = make()
+    student, *rest = inputs(loss)
+    leaf = student.requires_grad_()
+    value = loss(leaf, *rest)
+    once = gradient(loss(leaf, *rest), leaf)
+    three = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)[0]
+    expanded = torch.autograd.grad(value.expand(5).sum(), leaf, retain_graph=True)[0]
+    again = torch.autograd.grad(value, leaf)[0]
+    torch.testing.assert_close(three, 3 * once)
+    torch.testing.assert_close(expanded, 5 * once)
+    assert torch.equal(again, once)
+
+
+@each_loss
+def test_inputs_are_left_alone(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    given = inputs(loss)
+    before = [x.clone() for x in given]
+    value_and_gradient(loss, *given)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@each_loss
+def test_any_layout(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    given = inputs(loss)
+    strided = [x.mT.contiguous().mT for x in given]
+    spaced = [torch.stack([x, -x], dim=-1)[..., 0] for x in given]
+    expected = value_and_gradient(loss, *given)
+    for other in (strided, spaced):
+        for a, b in zip(value_and_gradient(loss, *other), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@each_loss
+def test_without_grad(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    given = inputs(loss)
+    expected = loss(*given)
+    given[0].requires_grad_()
+    with torch.no_grad():
+        value = loss(*given)
+    with torch.inference_mode():
+        inferred = loss(*given)
+    assert not value.requires_grad
+    assert value == expected == inferred
+
+
+# ---------------------------------------------------------------- transforms
+
+
+@each_loss
+def test_compile(make: Callable[[], nn.Module]) -> None:
+    """One graph, the same bits."""
+    loss = make()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    given = inputs(loss)
+    assert_equal_bits(value_and_gradient(compiled, *given), value_and_gradient(loss, *given))
+
+
+@pytest.mark.parametrize("level", ["image", "batch"])
+def test_compile_with_mask_and_grids(level: Any) -> None:
+    student, teacher = random_features(2, 6, 4), random_features(2, 24, 5, seed=1)
+    mask = torch.arange(12).reshape(2, 6) % 3 != 0
+    loss = GramLoss(level)
+
+    def f(x: Tensor) -> Tensor:
+        value: Tensor = loss(x, teacher, mask, student_grid=(2, 3), teacher_grid=(4, 6))
+        return value
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        value_and_gradient(compiled, student), value_and_gradient(f, student), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@each_loss
+@pytest.mark.parametrize("what", ["value", "gradient"])
+def test_vmap_equals_a_loop(what: str, make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    batches = [inputs(loss, seed) for seed in range(3)]
+    stacked = [torch.stack(x) for x in zip(*batches, strict=True)]
+    f: Any = loss if what == "value" else torch.func.grad(loss)
+    torch.testing.assert_close(torch.func.vmap(f)(*stacked), torch.stack([f(*x) for x in batches]))
+
+
+@each_loss
+def test_meta_tensors(make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    given = inputs(loss)
+    real = value_and_gradient(loss, *given)
+    fake = value_and_gradient(loss, *(x.to("meta") for x in given))
+    assert [(x.shape, x.dtype) for x in fake] == [(x.shape, x.dtype) for x in real]
+
+
+@each_loss
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(how: str, make: Callable[[], nn.Module]) -> None:
+    loss = make()
+    again = copy.deepcopy(loss) if how == "deepcopy" else pickle.loads(pickle.dumps(loss))
+    given = inputs(loss)
+    assert again(*given) == loss(*given)
+    assert not list(loss.parameters())
+    assert loss.state_dict() == {}
+
+
+# ---------------------------------------------------------------- errors
+
+one, two = torch.ones(2, 3, 4), torch.ones(2, 5, 4)
+rows = torch.ones(3, 4)
+ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (
+        lambda: GramLoss("token"),  # type: ignore[arg-type]
+        ValueError,
+        r"unknown level 'token'; choose one of \['image', 'batch'\]",
+    ),
+    (
+        lambda: GramLoss(negatives="drop"),  # type: ignore[arg-type]
+        ValueError,
+        "unknown negatives 'drop'; choose one of",
+    ),
+    (lambda: GramLoss(max_tokens=0), ValueError, "max_tokens must be at least 1, got 0"),
+    (lambda: GramLoss(impl="fast")(one, one), ValueError, "unknown impl 'fast'"),
+    (
+        lambda: GramLoss()(one, two),
+        ValueError,
+        r"got \(2, 3, 4\) and \(2, 5, 4\); give student_grid and teacher_grid to resize",
+    ),
+    (lambda: GramLoss()(rows, rows), ValueError, r"must be \(B, P, D\).*\(3, 4\) and \(3, 4\)"),
+    (
+        lambda: GramLoss()(one, two, student_grid=(1, 3)),
+        ValueError,
+        "give both student_grid and teacher_grid, or neither",
+    ),
+    (
+        lambda: GramLoss()(one, two, student_grid=(1, 3), teacher_grid=(2, 3)),
+        ValueError,
+        r"need \(B, 2 \* 3, D\) to fill a grid of \(2, 3\), got \(2, 5, 4\)",
+    ),
+    (
+        lambda: GramLoss()(one, one[0], student_grid=(1, 3), teacher_grid=(1, 3)),
+        ValueError,
+        r"need \(B, 1 \* 3, D\).*got \(3, 4\)",
+    ),
+    (
+        lambda: GramLoss()(one, two, student_grid=(2, 2), teacher_grid=(1, 5)),
+        ValueError,
+        r"got \(2, 3, 4\) and \(2, 4, 4\)",
+    ),
+    (lambda: GramLoss()(one, one.to("meta")), ValueError, "student is on cpu but teacher on meta"),
+    (lambda: GramLoss()(one.int(), one), TypeError, "floating point, got torch.int32 and"),
+    (lambda: GramLoss()(one, one, torch.ones(2, 3)), TypeError, "mask must be bool.*float32"),
+    (
+        lambda: GramLoss()(one, one, torch.ones(2, 5).bool()),
+        ValueError,
+        r"mask must be \(B, P\) = \(2, 3\) on cpu, got \(2, 5\) on cpu",
+    ),
+    (lambda: resize_features(one, (2, 2), (1, 1)), ValueError, r"to fill a grid of \(2, 2\)"),
+    (
+        lambda: RelationalDistanceLoss()(rows, rows[:2]),
+        ValueError,
+        r"RelationalDistanceLoss: .*must be \(B, D\), equal but for D; got \(3, 4\) and \(2, 4\)$",
+    ),
+    (lambda: RelationalDistanceLoss()(rows.long(), rows), TypeError, "torch.int64 and"),
+    (lambda: RelationalAngleLoss()(one, one), ValueError, r"RelationalAngleLoss: .*\(B, D\)"),
+    (lambda: RelationalAngleLoss(0), ValueError, "max_bytes must be positive, got 0"),
+    (lambda: KoLeoLoss(0), ValueError, "top_k and group_size must be positive, got 0, None"),
+    (lambda: KoLeoLoss(1, 0), ValueError, "must be positive, got 1, 0"),
+    (
+        lambda: KoLeoLoss(group_size=2, distributed=True),
+        ValueError,
+        "groups are within a process; leave distributed=False",
+    ),
+    (lambda: KoLeoLoss()(one), ValueError, r"x must be \(B, D\), got \(2, 3, 4\)"),
+    (lambda: KoLeoLoss()(rows.long()), TypeError, "floating point, got torch.int64"),
+    (
+        lambda: KoLeoLoss(group_size=2)(rows),
+        ValueError,
+        "3 samples are no multiple of group_size=2",
+    ),
+    (lambda: GramAnchor(nn.Linear(1, 1), -1, 1), ValueError, "got -1, 1 and None"),
+    (lambda: GramAnchor(nn.Linear(1, 1), 0, 0), ValueError, "every >= 1.*got 0, 0 and None"),
+    (lambda: GramAnchor(nn.Linear(1, 1), 0, 1, -1), ValueError, "got 0, 1 and -1"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text for _, _, text in ERRORS])
+def test_errors(call: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_options_show_in_the_repr() -> None:
+    shown = repr(GramLoss("batch", "clamp", max_tokens=3))
+    assert shown == "GramLoss(level='batch', negatives='clamp', max_tokens=3)"

@@ -1,0 +1,69 @@
+"""What the streaming implementations hold, and what they save for the backward pass."""
+
+from typing import Any
+
+import pytest
+import torch
+from problems import arguments, each_streaming, make_problem
+from properties import nll
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rankloss.kernels import blocked
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the largest storage any operation returned, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                size = x.untyped_storage().nbytes() // x.element_size()
+                self.largest = max(self.largest, size)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "k", "order"),
+    [(48, 300, 300, 3), (400, 400, 40, 3), (90, 300, 160, 4), (64, 512, 512, 1)],
+    ids=["K = M", "K much less than M", "K = M / 2", "order 1"],
+)
+def test_blocked_never_holds_a_large_tensor(n: int, m: int, k: int, order: int) -> None:
+    p = make_problem(15, n, m, k, order, r=32, dtype=torch.float32)
+    args = list(arguments(p))
+    args[2] = torch.full((n,), k)
+    limit = max(2 * blocked.TILE, n * m)
+    smallest_forbidden = n * k * m if order == 1 else n * k * 32
+    assert smallest_forbidden > 1.5 * limit
+    with Recorder() as forward:
+        _, *kept = blocked.forward(*args)
+    assert forward.largest <= limit
+    with Recorder() as backward:
+        blocked.backward(torch.ones(n), *kept, *args)
+    assert backward.largest <= limit
+
+
+@each_streaming
+@pytest.mark.parametrize("order", [1, 3])
+def test_little_is_saved_for_backward(order: int, impl: str) -> None:
+    """The inputs and a log-sum-exp a place: nothing of size N K M, nor N K r."""
+    n, m, k, r = 32, 64, 48, 32
+    p = make_problem(16, n, m, k, order, r=r, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in p.tensors()]
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        nll(p, impl)
+    allowed = sum(4 * x.numel() for x in leaves)
+    allowed += 8 * n * k + 4 * n * k + 8 * n + 4 * k  # ranking, log-sum-exp, lengths, weights
+    assert sum(saved.values()) <= allowed + 4 * n * m  # and one spare copy of the scores
+    assert allowed < 4 * n * k * m / 4

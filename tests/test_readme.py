@@ -1,0 +1,79 @@
+"""Every snippet of the README runs, and every table in it is a committed result."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="tests run outside the checkout")
+
+
+def text() -> str:
+    return README.read_text() if README.exists() else ""
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet_runs(snippet: str) -> None:
+    if "open_clip" in snippet:
+        pytest.importorskip("open_clip")
+    features = normalize(torch.randn(2, 6, 512), dim=2)
+    model = torch.nn.Linear(1, 1)
+    names = {
+        "image_features": features[0],
+        "text_features": features[1],
+        "logit_scale": torch.tensor(14.3),
+        "model": model,
+    }
+    exec(snippet, names)
+    result = names.get("loss", names.get("nll", names.get("no_decay")))
+    assert result is not None
+    if isinstance(result, torch.Tensor):
+        assert result.isfinite().all()
+
+
+def test_first_code_block_is_before_and_after() -> None:
+    assert text().index("```python") < 600
+    assert "# before" in SNIPPETS[0]
+    assert "# after" in SNIPPETS[0]
+
+
+def rows_of_options() -> list[str]:
+    """Expressions that build a loss in the table of options."""
+    return re.findall(r"\| `((?:HighOrderPL|RankCLIP|Clip)Loss\([^`]*?\))`", text())
+
+
+def test_options_of_the_table_exist() -> None:
+    import rankloss
+
+    rows = rows_of_options()
+    assert len(rows) >= 7
+    features = normalize(torch.randn(2, 6, 512), dim=2)
+    for row in rows:
+        loss = eval(row, vars(rankloss))
+        assert loss(features[0], features[1], 10.0).isfinite(), row
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- begin (\S+) -->", text()))
+def test_table_is_the_committed_result(name: str) -> None:
+    block = re.search(rf"<!-- begin {re.escape(name)} -->\n(.*?)<!-- end -->", text(), re.DOTALL)
+    assert block is not None
+    assert block.group(1).strip() == (ROOT / name).read_text().strip()
+
+
+@pytest.mark.parametrize("path", re.findall(r"!\[.*?\]\((\S+?)\)", text()))
+def test_picture_exists(path: str) -> None:
+    assert (ROOT / path).stat().st_size > 10_000
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

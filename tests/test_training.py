@@ -1,0 +1,161 @@
+"""The losses in a training loop: accumulation, repeated backward, evaluation, copies."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from features import LOSSES, each_loss, features, randomize
+
+from rankloss import ClipLoss, HighOrderPLLoss
+
+
+@each_loss
+def test_accumulating_micro_batches_is_summing_their_gradients(
+    make: Callable[[], HighOrderPLLoss],
+) -> None:
+    """Forward has no counter: the k-th micro-batch is treated as the first."""
+    used, scale = make(), torch.tensor(20.0, requires_grad=True)
+    expected = [torch.zeros_like(x) for x in (scale, *used.parameters())]
+    for seed in range(3):
+        fresh = make()
+        image, text = features(9, seed=seed, dtype=torch.float32)
+        leaves = [scale, *fresh.parameters()]
+        gradients = torch.autograd.grad(fresh(image, text, scale) / 3, leaves)
+        expected = [a + b for a, b in zip(expected, gradients, strict=True)]
+        (used(image, text, scale) / 3).backward()
+    for x, g in zip((scale, *used.parameters()), expected, strict=True):
+        assert x.grad is not None
+        assert torch.equal(x.grad, g)
+
+
+@each_loss
+def test_repeated_backward(make: Callable[[], HighOrderPLLoss]) -> None:
+    loss = make()
+    image, text = features(9, dtype=torch.float32)
+    value = loss(image, text, 20.0)
+    leaves = [image, text, *loss.parameters()]
+    first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    tripled = torch.autograd.grad(3 * value, leaves)
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * a)
+
+
+@each_loss
+def test_features_are_unchanged(make: Callable[[], HighOrderPLLoss]) -> None:
+    image, text = features(9, dtype=torch.float32)
+    scale, before = torch.tensor(20.0), [image.detach().clone(), text.detach().clone()]
+    make()(image, text, scale).backward()
+    assert [x._version for x in (image, text, scale)] == [0, 0, 0]
+    assert torch.equal(image, before[0])
+    assert torch.equal(text, before[1])
+
+
+@each_loss
+def test_evaluation_without_grad(make: Callable[[], HighOrderPLLoss]) -> None:
+    """eval() changes nothing; neither does the absence of gradients."""
+    loss = make()
+    image, text = features(9, dtype=torch.float32)
+    trained = loss(image, text, 20.0)
+    loss.eval()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            value = loss(image, text, 20.0)
+            assert not value.requires_grad
+            assert torch.equal(value, trained)
+            assert loss.last_stats
+
+
+@each_loss
+def test_non_contiguous_features(make: Callable[[], HighOrderPLLoss]) -> None:
+    loss = make()
+    image, text = features(9, dtype=torch.float32, grad=False)
+    strided = torch.stack([image, text], 2)
+    value = loss(strided[..., 0], text.T.contiguous().T, 20.0)
+    torch.testing.assert_close(value, loss(image, text, 20.0))
+
+
+# ---------------------------------------------------------------- copies
+
+
+def by_state_dict(loss: HighOrderPLLoss, make: Callable[[], HighOrderPLLoss]) -> HighOrderPLLoss:
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    fresh = make()
+    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    return fresh
+
+
+COPIES: dict[str, Callable[..., HighOrderPLLoss]] = {
+    "state_dict": by_state_dict,
+    "deepcopy": lambda loss, _: copy.deepcopy(loss),
+    "pickle": lambda loss, _: pickle.loads(pickle.dumps(loss)),
+}
+
+
+@each_loss
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a forward"])
+def test_copies(
+    used: bool, copied: Callable[..., HighOrderPLLoss], make: Callable[[], HighOrderPLLoss]
+) -> None:
+    loss = make()
+    with torch.no_grad():
+        for p in loss.parameters():
+            p.add_(1)
+    image, text = features(9, dtype=torch.float32)
+    if used:
+        loss(image, text, 20.0).backward()
+    other = copied(loss, make)
+    assert torch.equal(other(image, text, 20.0), loss(image, text, 20.0))
+    assert other.last_stats.keys() == loss.last_stats.keys()
+
+
+def test_state_dict_holds_parameters_alone() -> None:
+    """Progress is the schedule's, and features are nobody's to save."""
+    loss = LOSSES["order 3"]()
+    loss.set_progress(0.3)
+    loss(*features(9, dtype=torch.float32), 20.0)
+    assert list(loss.state_dict()) == [name for name, _ in loss.named_parameters()]
+    assert not ClipLoss().state_dict()
+    assert loss.no_weight_decay() == set(dict(loss.named_parameters()))
+
+
+def test_building_a_loss_consumes_no_randomness() -> None:
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        loss = HighOrderPLLoss(8, 3, share_transitions=False)
+        loss(*features(9, dtype=torch.float32), 20.0)
+        assert torch.equal(torch.get_rng_state(), before)
+        weights.append(torch.cat([p.detach().flatten() for p in loss.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_share_transitions() -> None:
+    shared, separate = (HighOrderPLLoss(8, 3, share_transitions=x) for x in (True, False))
+    assert len(list(shared.parameters())) == 2
+    assert len(list(separate.parameters())) == 4
+    image, text = features(9, dtype=torch.float32)
+    one = list(randomize(shared).parameters())
+    with torch.no_grad():
+        for p, q in zip(separate.parameters(), [*one, *one], strict=True):
+            p.copy_(q)
+    values = [loss(image, text, 20.0) for loss in (shared, separate)]
+    assert torch.equal(*values)
+    together = torch.autograd.grad(values[0], one)
+    apart = torch.autograd.grad(values[1], list(separate.parameters()))
+    for whole, a, b in zip(together, apart[:2], apart[2:], strict=True):
+        torch.testing.assert_close(whole, a + b)
+
+
+def test_copies_after_a_functional_gradient() -> None:
+    loss = LOSSES["order 3"]()
+    image, text = features(9, dtype=torch.float32, grad=False)
+    torch.func.grad(lambda x: loss(x, text, 20.0))(image)
+    copy.deepcopy(loss)
