@@ -1,7 +1,12 @@
 """Settings every test shares."""
 
+import os
+
 import hypothesis
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # many small problems, and pytest-xdist has the other cores
 

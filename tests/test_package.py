@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 import rankloss
 import rankloss.fusion
 import rankloss.kernels
