@@ -47,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     add("--orders", type=int, nargs="+", default=ORDERS, help="orders of the ranking model")
     add("--sizes", type=_positive, nargs="+", help="N=K=M; given, leaves out K=64, M=4096")
     add("--providers", nargs="+", choices=names, metavar="NAME", help=f"among {names}")
-    add("--rounds", type=_positive, default=15, help="most rounds of a case")
+    add("--rounds", type=_positive, default=Settings.rounds, help="most rounds of a case")
     add(
         "--seconds",
         type=float,
-        default=12.0,
+        default=Settings.seconds,
         help="about the time for one case's rounds (at least 5)",
     )
     add("--threads", type=_positive, default=os.cpu_count() or 1, help="torch threads of each")

@@ -51,7 +51,7 @@ class SceneSettings:
 
     seed: int = 0
     image_size: int = 64
-    train: int = 12800
+    train: int = 10240
     heldout: int = 1024
     probe: int = 512
     per_shard: int = 1600

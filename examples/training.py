@@ -38,7 +38,7 @@ class TrainSettings:
         seed: of initialisation, order and augmentation.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 64
     learning_rate: float = 5e-4
     weight_decay: float = 0.1
