@@ -244,10 +244,13 @@ class _PlackettLuce(torch.autograd.Function):
         *tensors, ctx.impl = inputs
         _, lse, live = output
         ctx.mark_non_differentiable(lse, live)
+        ctx.set_materialize_grads(False)  # no zeros of their size for these two in the backward
         ctx.save_for_backward(lse, live, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        if grad is None:
+            return (None,) * 7
         d_scores, d_predecessors, d_keys = _PlackettLuceBackward.apply(
             grad.contiguous(), *ctx.saved_tensors, ctx.impl
         )
