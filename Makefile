@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
+RESULTS := benchmarks/results
 
 # threads that wait for others sleep: several processes share the cores in the tests
 test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
@@ -26,7 +27,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 benchmarks: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json $(RESULTS)/cpu.json --markdown $(RESULTS)/cpu.md \
+	    --summary $(RESULTS)/cpu_summary.md
 
 # The wheel, installed alone in a fresh environment, must pass the tests outside the checkout.
 wheel: $(STAMP)

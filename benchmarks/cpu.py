@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.cases import Case, cases
 from benchmarks.memory import free_bytes
 from benchmarks.providers import BY_REQUEST, PROVIDERS, Provider
 from benchmarks.suite import CaseResult, Settings, run_case
+from benchmarks.summary import summary
 from benchmarks.targets import targets
 
 ORDERS = [0, 1, 3]
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one tiny size, 3 rounds, no torch.compile")
     add("--json", type=Path, metavar="FILE", help="write all samples there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    add("--summary", type=Path, metavar="FILE", help="write one small table there")
     return parser
 
 
@@ -87,8 +90,10 @@ def write(
 ) -> None:
     verdicts = targets(results)
     print(report.targets_text(verdicts))
+    content = report.as_json(machine, results, verdicts)
+    if options.summary:
+        options.summary.write_text(summary(content))
     if options.json:
-        content = report.as_json(machine, results, verdicts)
         options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if options.markdown:
         options.markdown.write_text(report.markdown(machine, results, verdicts))
@@ -97,6 +102,7 @@ def write(
 def machine(settings: Settings) -> dict[str, Any]:
     free = free_bytes()
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "system": platform.platform(terse=True),
         "processor": _processor(),
         "cores": os.cpu_count(),

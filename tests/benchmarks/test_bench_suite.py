@@ -17,6 +17,7 @@ from benchmarks.measure import Sample
 from benchmarks.providers import OURS, Loss, Provider, Unavailable, build_naive
 from benchmarks.report import as_json, markdown, terminal
 from benchmarks.suite import CaseResult, Result, Settings, reason_to_skip, run_case
+from benchmarks.summary import summary
 from benchmarks.targets import targets
 from benchmarks.worker import Peaks
 
@@ -116,6 +117,20 @@ def test_quick_run_writes_json_with_all_fields(tmp_path: Path) -> None:
     assert by_name["naive compiled"]["status"] == "skipped"
     for name in (OURS, "naive"):
         _assert_whole(by_name[name])
+
+
+def test_summary_has_a_row_for_every_case_and_the_missed_targets(mixed: CaseResult) -> None:
+    content = as_json({"processor": "P", "threads": 1, "torch": "T", "date": "D"}, [mixed], [])
+    verdicts = [("kept", True), ("broken", False), ("not measured", None)]
+    content["targets"] = [
+        {"name": name, "measured": "1x", "required": "2x", "met": met} for name, met in verdicts
+    ]
+    text = summary(content)
+    (row,) = [line for line in text.splitlines() if line.startswith("| order")]
+    assert row.startswith("| order 1, N=K=M=8 | ")
+    assert row.count("|") == 8
+    assert "1 of 2 measured targets met. Missed: broken: 1x (2x)." in text
+    assert "P, 1 threads, torch T, D." in text
 
 
 def _assert_whole(entry: dict[str, Any]) -> None:
