@@ -42,7 +42,8 @@ from examples.scene_shards import SceneSettings, prepare_scenes, read_pictures
 from examples.scenes import ALL_PAIRS, ATTRIBUTES, Scene
 from examples.shards import count_samples
 from examples.timing import StepTime, time_steps
-from examples.training import Interrupted, StopRequest, Towers, Trainer, TrainSettings
+from examples.towers import Towers
+from examples.training import Interrupted, StopRequest, Trainer, TrainSettings
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss
 
 

@@ -33,7 +33,7 @@ SUFFIXES = ("patches.npy", "cls.npy")
 
 
 class Features(NamedTuple):
-    """Of one image, float16.
+    """Of one image, or of a batch with one more dimension in front; float16.
 
     Attributes:
         patches: (h w, dim) projected patch tokens, in row-major order of the manifest's grid.
@@ -181,24 +181,31 @@ class FeatureReader:
     def _shard(self, images: str) -> _Shard:
         name = Path(images).name
         if name not in self._open:
-            self._check(images)
+            self.check([images])
             self._open[name] = _Shard(self.folder.shard(images))
             if len(self._open) > self._open_shards:
                 self._open.popitem(last=False)
         self._open.move_to_end(name)
         return self._open[name]
 
-    def _check(self, images: str) -> None:
-        if not (self.folder.shard(images).exists() and self.folder.stats(images).exists()):
-            raise UserError(
-                f"{self.folder.path} has no features of {images}; examples/extract_dinov3.py "
-                "makes those that are missing"
-            )
-        if read_json(self.folder.stats(images))["manifest"] != manifest_hash(self.manifest):
-            raise UserError(
-                f"features of {images} in {self.folder.path} were made otherwise than the manifest "
-                f"says; remove {self.folder.shard(images)} and run examples/extract_dinov3.py"
-            )
+    def check(self, images: Iterable[str]) -> None:
+        """See whether all of these image shards have features.
+
+        Raises:
+            UserError: one has none, or something else made them.
+        """
+        for shard in images:
+            if not (self.folder.shard(shard).exists() and self.folder.stats(shard).exists()):
+                raise UserError(
+                    f"{self.folder.path} has no features of {shard}; examples/extract_dinov3.py "
+                    "makes those that are missing"
+                )
+            if read_json(self.folder.stats(shard))["manifest"] != manifest_hash(self.manifest):
+                raise UserError(
+                    f"features of {shard} in {self.folder.path} were made otherwise than the "
+                    f"manifest says; remove {self.folder.shard(shard)} and run "
+                    "examples/extract_dinov3.py"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that are spawned: open files stay behind."""
