@@ -115,7 +115,7 @@ class Demo:
         torch.manual_seed(seed)
         towers = build_towers(
             recipe,
-            build_clip(settings.model),
+            build_clip({**settings.model, **recipe.model_options}),
             settings.model["embed_dim"],
             student=settings.student,
             teacher_grid=self.features.grid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -11,7 +12,7 @@ import yaml
 from torch import nn
 
 from examples.files import UserError
-from rankloss import ClipLoss, HighOrderPLLoss
+from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, SigLipLoss
 from rankloss.fusion import FUSION_VARIANTS, FusionVariant
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -28,6 +29,36 @@ class ClipSettings:
 
     def build(self, embed_dim: int) -> nn.Module:
         return ClipLoss(contrastive_weight=self.contrastive_weight)
+
+
+@dataclass(frozen=True)
+class SigLipSettings:
+    """`rankloss.SigLipLoss`, and where the model's scale (not its logarithm) and bias start."""
+
+    name: Literal["siglip"] = "siglip"
+    initial_scale: float = 10.0
+    initial_bias: float = -10.0
+
+    def __post_init__(self) -> None:
+        if self.initial_scale <= 0:
+            raise ValueError(f"initial_scale must be positive, got {self.initial_scale}")
+
+    def build(self, embed_dim: int) -> nn.Module:
+        return SigLipLoss()
+
+
+@dataclass(frozen=True)
+class CyClipSettings:
+    """`rankloss.CyCLIPLoss`, with its arguments."""
+
+    name: Literal["cyclip"] = "cyclip"
+    in_modal_weight: float = 0.25
+    cross_modal_weight: float = 0.25
+
+    def build(self, embed_dim: int) -> nn.Module:
+        return CyCLIPLoss(
+            in_modal_weight=self.in_modal_weight, cross_modal_weight=self.cross_modal_weight
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +85,7 @@ class HighOrderSettings:
         return HighOrderPLLoss(embed_dim, **options)
 
 
-LossSettings = ClipSettings | HighOrderSettings
+LossSettings = ClipSettings | SigLipSettings | CyClipSettings | HighOrderSettings
 LOSSES: dict[str, type[Any]] = {each.name: each for each in get_args(LossSettings)}
 """By the name that a recipe calls a loss."""
 
@@ -112,7 +143,7 @@ class Recipe:
     """
 
     label: str
-    loss: ClipSettings | HighOrderSettings
+    loss: LossSettings
     injection: InjectionSettings | None = None
     distillation: DistillationSettings | None = None
 
@@ -133,6 +164,16 @@ class Recipe:
     def variant(self) -> FusionVariant:
         """The injection's; "none" without one."""
         return FUSION_VARIANTS["none" if self.injection is None else self.injection.variant]
+
+    @property
+    def model_options(self) -> dict[str, float]:
+        """Further arguments of open_clip.CLIP or open_clip.create_model that the loss wants."""
+        if not isinstance(self.loss, SigLipSettings):
+            return {}
+        return {
+            "init_logit_scale": math.log(self.loss.initial_scale),
+            "init_logit_bias": self.loss.initial_bias,
+        }
 
     def build_loss(self, embed_dim: int) -> nn.Module:
         """The loss of embeddings, freshly initialised.
@@ -217,9 +258,9 @@ def _section(kind: type[Section], data: object, where: str) -> Section:
 
 def _number(value: object) -> object:
     """YAML has whole numbers too."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if type(value) is int else _whole(value)
 
 
 def _whole(value: object) -> object:
-    """To Python, true is a number."""
+    """To Python, true is a number; as a string it is refused."""
     return str(value) if isinstance(value, bool) else value
