@@ -97,11 +97,12 @@ def loader(
     features: FeatureReader | None,
     shown: Callable[[Image.Image], Tensor] | None = None,
     batch_size: int = 4,
+    shuffle: int = 20,
     **options: Any,
 ) -> ShardLoader:
     shown = shown or transform()
     return ShardLoader(
-        shards, shown, tokenize, batch_size, shuffle=20, features=features, **options
+        shards, shown, tokenize, batch_size, shuffle=shuffle, features=features, **options
     )
 
 
@@ -135,7 +136,8 @@ def test_towers_may_see_another_resolution_of_the_same_crop(
 ) -> None:
     for batch in loader(shards, reader, transform(2 * SIDE)).epoch():
         shown = mean_colours(nn.functional.avg_pool2d(batch.images, 2))
-        torch.testing.assert_close(targets(batch), shown, atol=0.03, rtol=0)
+        # a crop starts at a whole pixel, of which there are 48; neighbouring patches differ by 1.2
+        torch.testing.assert_close(targets(batch), shown, atol=0.1, rtol=0)
 
 
 def test_after_a_random_crop_they_would_not_be(shards: list[str], reader: FeatureReader) -> None:
@@ -170,12 +172,12 @@ def test_samples_without_features_are_counted_and_left_out(
         numbers = [n for n in range(i * PER_SHARD, (i + 1) * PER_SHARD) if n not in (2, 7)]
         rows = [(f"{n:09d}", torch.full((9, 3), n).half(), torch.ones(3).half()) for n in numbers]
         write_json(folder.stats(shard), folder.write(shard, rows, made_by))
-    data = loader(shards, FeatureReader(tmp_path / "some"), batch_size=1)
+    data = loader(shards, FeatureReader(tmp_path / "some"), batch_size=1, shuffle=0)
     numbers = []
     for batch in data.epoch():
         assert (targets(batch) == batch.texts[:, :, None]).all()
         numbers += batch.texts[:, 0].tolist()
-    assert sorted(numbers) == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert numbers == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
     assert (data.broken, data.read) == (2, SHARDS * PER_SHARD)
 
 
