@@ -102,8 +102,8 @@ class FeatureFolder:
         ]
         if changed:
             raise UserError(
-                f"{self.shard(images)} does not belong here ({', '.join(changed)}); remove it to "
-                "make it anew"
+                f"{self.shard(images)} does not belong here ({', '.join(changed)}); remove it and "
+                "run examples/extract_dinov3.py to make it anew"
             )
         return True
 
@@ -179,32 +179,26 @@ class FeatureReader:
         return Features(torch.from_numpy(patches), torch.from_numpy(cls))
 
     def _shard(self, images: str) -> _Shard:
-        name = Path(images).name
-        if name not in self._open:
+        if images not in self._open:
             self.check([images])
-            self._open[name] = _Shard(self.folder.shard(images))
+            self._open[images] = _Shard(self.folder.shard(images))
             if len(self._open) > self._open_shards:
                 self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        return self._open[name]
+        self._open.move_to_end(images)
+        return self._open[images]
 
     def check(self, images: Iterable[str]) -> None:
-        """See whether all of these image shards have features.
+        """See whether all of these image shards have features, made from just these images.
 
         Raises:
-            UserError: one has none, or something else made them.
+            UserError: one has none, or they were made otherwise, or from other images.
         """
+        made_by = manifest_hash(self.manifest)
         for shard in images:
-            if not (self.folder.shard(shard).exists() and self.folder.stats(shard).exists()):
+            if not self.folder.is_done(shard, made_by):
                 raise UserError(
                     f"{self.folder.path} has no features of {shard}; examples/extract_dinov3.py "
                     "makes those that are missing"
-                )
-            if read_json(self.folder.stats(shard))["manifest"] != manifest_hash(self.manifest):
-                raise UserError(
-                    f"features of {shard} in {self.folder.path} were made otherwise than the "
-                    f"manifest says; remove {self.folder.shard(shard)} and run "
-                    "examples/extract_dinov3.py"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

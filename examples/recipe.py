@@ -230,7 +230,7 @@ def _recipe(data: object, where: str) -> Recipe:
         "injection": InjectionSettings,
         "distillation": DistillationSettings,
     }
-    built = {
+    built: dict[str, Any] = {
         name: _section(section, data[name], f"{where}: {name}")
         for name, section in sections.items()
         if data.get(name) is not None
