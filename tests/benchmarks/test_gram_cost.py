@@ -15,11 +15,11 @@ from benchmarks.worker import Checked
 def test_it_measures_both_and_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--batch", "2", "--patches", "8", "--student-width", "4", "--teacher-width", "6"]
+    sizes = ["--batch", "4", "--patches", "64", "--student-width", "4", "--teacher-width", "6"]
     files = ["--json", str(tmp_path / "gram.json"), "--markdown", str(tmp_path / "gram.md")]
     assert gram.main([*sizes, *files, "--rounds", "2", "--threads", "1"]) == 0
     data = json.loads((tmp_path / "gram.json").read_text())
-    assert data["case"]["patches"] == 8
+    assert data["case"]["patches"] == 64
     assert set(data["implementations"]) == set(gram.IMPLEMENTATIONS)
     for one in data["implementations"].values():
         assert len(one["samples"]) == 2
@@ -28,7 +28,7 @@ def test_it_measures_both_and_writes_what_it_prints(
     text = (tmp_path / "gram.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
     assert "| blocked |" in text
-    assert "B=2, P=8, widths 4 and 6, negatives 'keep'" in text
+    assert "B=4, P=64, widths 4 and 6, negatives 'keep'" in text
 
 
 class Disagreeing:
