@@ -23,7 +23,7 @@ SMALL_STUDENT: dict[str, Any] = {
     "token_dim": 64,
     "image_size": 64,
     "context_length": CONTEXT_LENGTH,
-    "image_options": {"embed_dim": 96, "depth": 2, "num_heads": 3},
+    "image_options": {"embed_dim": 64, "depth": 2, "num_heads": 2},
     "text_options": {"width": 64, "depth": 1, "heads": 2},
 }
 """Arguments of `DualBranchStudent`: ViT-Tiny cut down in the same way."""
