@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python (3.10+) and make:
-#   make demo   set up, train three losses side by side, show the result
+#   make demo   set up, train four recipes side by side, show the result
 #   make test   set up, check style and types, run the test suite
 PYTHON ?= python3
 VENV   ?= .venv

@@ -1,4 +1,6 @@
-"""CLIP, RankCLIP and the third-order loss on generated scenes, in a few minutes on two CPU cores.
+"""CLIP, RankCLIP, the third-order loss, and it with an injected student, on generated scenes.
+
+A few minutes on two CPU cores.
 
     python examples/demo.py                  # writes runs/demo/{results.json,results.md,report.png}
     python examples/demo.py --fast           # seconds; shows that everything runs, learns nothing
@@ -26,40 +28,36 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import rankloss
-from examples.captions import class_words, prompts
 from examples.checkpoint import load_tensors, save_tensors
-from examples.evaluation import class_embeddings, encode
+from examples.demo_teacher import TeacherSettings, describe, extract_features
+from examples.features import FeatureReader
 from examples.figures import EXAMPLES, ModelFigures, save_figure
 from examples.files import UserError, claim_directory
+from examples.heldout import HeldOut, encode_heldout, read_heldout
 from examples.loader import Position, ShardLoader
-from examples.models import SMALL_CLIP, TINY_CLIP, build_clip, build_tokenizer, build_transform
+from examples.models import (
+    SMALL_CLIP,
+    SMALL_STUDENT,
+    TINY_CLIP,
+    TINY_STUDENT,
+    build_clip,
+    build_tokenizer,
+    build_transform,
+)
+from examples.recipe import load_recipe
 from examples.report import report_text, results_json, write_report
 from examples.results import Outcomes, measure, metrics
 from examples.scene_shards import SceneSettings, prepare_scenes, read_pictures
-from examples.scenes import ALL_PAIRS, ATTRIBUTES, Scene
 from examples.shards import count_samples
 from examples.timing import StepTime, time_steps
-from examples.training import Interrupted, StopRequest, Towers, Trainer, TrainSettings
-from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss
+from examples.towers import build_towers
+from examples.training import Interrupted, StopRequest, Trainer, TrainSettings
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A row of the comparison: its folder, its name, and its loss for features of a width."""
-
-    key: str
-    label: str
-    loss: Callable[[int], nn.Module]
-
-
-RECIPES = (
-    Recipe("clip", "CLIP", lambda width: ClipLoss()),
-    Recipe("rankclip", "RankCLIP", lambda width: RankCLIPLoss()),
-    Recipe("order3", "third order", lambda width: HighOrderPLLoss(width, order=3)),
-)
+RECIPES = ("clip", "rankclip", "highorder_r3", "dinorankclip")
+"""Rows of the comparison: files in examples/recipes."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ class DemoSettings:
     scenes: SceneSettings = field(default_factory=SceneSettings)
     training: TrainSettings = field(default_factory=TrainSettings)
     model: dict[str, Any] = field(default_factory=lambda: SMALL_CLIP)
+    student: dict[str, Any] = field(default_factory=lambda: SMALL_STUDENT)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     timing_rounds: int = 10
 
 
@@ -76,19 +76,10 @@ FAST = DemoSettings(
     SceneSettings(image_size=32, train=96, heldout=32, probe=16, per_shard=48),
     TrainSettings(epochs=2, batch_size=16, warmup_steps=2, checkpoint_steps=3),
     TINY_CLIP,
+    TINY_STUDENT,
+    TeacherSettings(options={"depth": 1, "embed_dim": 24, "num_heads": 2}, dim=8),
     timing_rounds=2,
 )
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """An evaluation split in memory."""
-
-    images: Tensor
-    """(N, 3, H, W)"""
-    texts: Tensor
-    """(N, L)"""
-    scenes: list[Scene]
 
 
 @dataclass(frozen=True)
@@ -109,18 +100,45 @@ class Demo:
     shards: dict[str, list[str]]
     heldout: HeldOut
     probe: HeldOut
+    features: FeatureReader
+    """Of the teacher, for the training images."""
 
-    def loader(self, split: str, seed: int = 0, *, train: bool) -> ShardLoader:
-        return _loader(self.settings, self.shards[split], seed, train=train)
+    def loader(self, seed: int = 0, *, features: bool) -> ShardLoader:
+        """Of the training data, with or without the teacher's features."""
+        shards = self.shards["train"]
+        return _loader(self.settings, shards, seed, self.features if features else None, train=True)
 
-    def trainer(self, recipe: Recipe, seed: int, checkpoint: Path) -> Trainer:
+    def trainer(self, name: str, seed: int, checkpoint: Path) -> Trainer:
         """The same initialisation and the same data order for every recipe."""
-        training = replace(self.settings.training, seed=seed)
+        recipe, settings = load_recipe(name), self.settings
+        training = replace(settings.training, seed=seed)
         torch.manual_seed(seed)
-        model = build_clip(self.settings.model)
-        towers = Towers(model, recipe.loss(self.settings.model["embed_dim"]))
+        towers = build_towers(
+            recipe,
+            build_clip({**settings.model, **recipe.model_options}),
+            settings.model["embed_dim"],
+            student=settings.student,
+            teacher_grid=self.features.grid,
+        )
         steps = count_samples(self.shards["train"]) // training.batch_size
-        return Trainer(towers, self.loader("train", seed, train=True), training, steps, checkpoint)
+        loader = self.loader(seed, features=recipe.distillation is not None)
+        return Trainer(towers, loader, training, steps, checkpoint)
+
+    def fingerprint(self, name: str, seed: int) -> dict[str, Any]:
+        """What must not change between the start of a run and its continuation."""
+        recipe, settings = load_recipe(name), self.settings
+        data: dict[str, Any] = {
+            "scenes": asdict(settings.scenes),
+            "training": asdict(replace(settings.training, seed=seed)),
+            "model": settings.model,
+            "recipe": asdict(recipe),
+            "rankloss": rankloss.__version__,
+        }
+        if recipe.injection is not None:
+            data |= {"student": settings.student}
+        if recipe.distillation is not None:
+            data |= {"teacher": self.features.manifest}
+        return data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = FAST if options.fast else DemoSettings()
+    if options.teacher:
+        teacher = replace(settings.teacher, model=options.teacher, options={}, random_weights=False)
+        settings = replace(settings, teacher=teacher)
     stop = StopRequest()
     try:
         _run(settings, options, stop)
@@ -147,6 +168,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     parser.add_argument("--seeds", type=int, default=1, help="training runs of each loss")
     parser.add_argument("--fast", action="store_true", help="a tiny run that learns nothing")
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="a DINOv3 of timm or transformers, or its folder, with "
+        "its weights; without this option a small one with random weights",
+    )
     parser.add_argument("--fresh", action="store_true", help="discard runs with other settings")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
@@ -157,14 +184,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(settings: DemoSettings, options: argparse.Namespace, stop: StopRequest) -> None:
     started = time.perf_counter()
     shards = prepare_scenes(settings.scenes, options.out / "data")
-    held = {split: _read(settings, shards[split]) for split in ("heldout", "probe")}
-    demo = Demo(settings, options.out, options.fresh, shards, held["heldout"], held["probe"])
     samples = sum(count_samples(x) for x in shards.values())
     print(f"{samples} scenes in {options.out / 'data'} ({time.perf_counter() - started:.1f} s)")
+    size = settings.scenes.image_size
+    features = extract_features(settings.teacher, shards["train"], size, fresh=options.fresh)
+    held = {
+        split: read_heldout(_loader(settings, shards[split], 0, None, train=False))
+        for split in ("heldout", "probe")
+    }
+    demo = Demo(settings, options.out, options.fresh, shards, **held, features=features)
     with stop.listening():
         runs = {
-            recipe.label: [train_one(demo, recipe, seed, stop) for seed in range(options.seeds)]
-            for recipe in RECIPES
+            load_recipe(name).label: [train_one(demo, name, s, stop) for s in range(options.seeds)]
+            for name in RECIPES
         }
     times = measure_times(demo)
     _report(demo, runs, times)
@@ -172,49 +204,34 @@ def _run(settings: DemoSettings, options: argparse.Namespace, stop: StopRequest)
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def train_one(demo: Demo, recipe: Recipe, seed: int, stop: StopRequest) -> Run:
+def train_one(demo: Demo, name: str, seed: int, stop: StopRequest) -> Run:
     """Train, or go on training, and encode the held-out data; what is finished is only read."""
-    directory = demo.out / recipe.key / f"seed{seed}"
-    claim_directory(directory, _fingerprint(demo.settings, recipe, seed), fresh=demo.fresh)
+    directory = demo.out / name / f"seed{seed}"
+    claim_directory(directory, demo.fingerprint(name, seed), fresh=demo.fresh)
     finished = directory / "features.safetensors"
-    label = f"{recipe.label}, seed {seed}" if seed else recipe.label
+    label = load_recipe(name).label + (f", seed {seed}" if seed else "")
     if finished.exists():
         features, state = load_tensors(finished)
         print(f"{label}: finished before")
         return Run(features, state["history"])
-    trainer = demo.trainer(recipe, seed, directory / "checkpoint.safetensors")
+    trainer = demo.trainer(name, seed, directory / "checkpoint.safetensors")
     if trainer.step:
         print(f"{label}: going on after step {trainer.step} of {trainer.total_steps}")
     trainer.fit(label, stop)
-    features = encode_heldout(trainer.towers.model, demo)
+    tokenize = build_tokenizer(demo.settings.model)
+    features = encode_heldout(trainer.towers, demo.heldout, demo.probe, tokenize)
     save_tensors(finished, features, {"history": trainer.history})
     if stop.signal_number is not None:
         raise Interrupted(f"stopped after {label}", stop.signal_number)
     return Run(features, trainer.history)
 
 
-def encode_heldout(model: nn.Module, demo: Demo) -> dict[str, Tensor]:
-    """What `results.measure` needs: features of both splits and zero-shot classifiers."""
-    images, texts = encode(model, demo.heldout.images, demo.heldout.texts)
-    probe, _ = encode(model, demo.probe.images, demo.probe.texts)
-    features = {"heldout_images": images, "heldout_texts": texts, "probe_images": probe}
-    tokenize = build_tokenizer(demo.settings.model)
-    names = {
-        attribute: [class_words(attribute, value) for value in values]
-        for attribute, values in ATTRIBUTES.items()
-    }
-    names["pair"] = [f"{colour} {shape}" for colour, shape in ALL_PAIRS]
-    for attribute, words in names.items():
-        classes = [prompts(each) for each in words]
-        features[f"classes_{attribute}"] = class_embeddings(model, tokenize, classes)
-    return features
-
-
 def measure_times(demo: Demo) -> dict[str, StepTime]:
     """Cost of a step of each loss: fresh models take turns on one batch."""
-    batch = next(demo.loader("train", train=True).epoch(Position()))
+    batch = next(demo.loader(features=True).epoch(Position()))
     trainers = {
-        recipe.label: demo.trainer(recipe, 0, demo.out / "no-checkpoint") for recipe in RECIPES
+        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoint")
+        for name in RECIPES
     }
     for trainer in trainers.values():
         trainer.towers.train()
@@ -241,10 +258,13 @@ def _report(demo: Demo, runs: dict[str, list[Run]], times: dict[str, StepTime]) 
     notes = [
         f"{len(demo.heldout.scenes)} held-out scenes, {demo.settings.scenes.train} for training, "
         f"{settings.epochs} epochs of batches of {settings.batch_size}, "
-        f"{torch.get_num_threads()} threads; {minutes:.1f} minutes of optimizer steps in all."
+        f"{torch.get_num_threads()} threads; {minutes:.1f} minutes of optimizer steps in all.",
+        describe(demo.features.manifest),
     ]
     text = report_text(rows, outcomes, times, notes)
-    data = results_json(rows, outcomes, times, asdict(demo.settings), training)
+    recipes = {recipe.label: asdict(recipe) for recipe in map(load_recipe, RECIPES)}
+    described = {**asdict(demo.settings), "recipes": recipes, "features": demo.features.manifest}
+    data = results_json(rows, outcomes, times, described, training)
     write_report(demo.out, text, data)
     models = [
         ModelFigures(label, seeds[0].history, outcomes[label], seeds[0].features)
@@ -255,17 +275,14 @@ def _report(demo: Demo, runs: dict[str, list[Run]], times: dict[str, StepTime]) 
     print(f"\n{text}")
 
 
-def _read(settings: DemoSettings, shards: list[str]) -> HeldOut:
-    """A whole split, in the files' order."""
-    batches = list(_loader(settings, shards, 0, train=False).epoch())
-    return HeldOut(
-        torch.cat([batch.images for batch in batches]),
-        torch.cat([batch.texts for batch in batches]),
-        [Scene.from_json(record["scene"]) for batch in batches for record in batch.records],
-    )
-
-
-def _loader(settings: DemoSettings, shards: list[str], seed: int, *, train: bool) -> ShardLoader:
+def _loader(
+    settings: DemoSettings,
+    shards: list[str],
+    seed: int,
+    features: FeatureReader | None,
+    *,
+    train: bool,
+) -> ShardLoader:
     return ShardLoader(
         shards,
         build_transform(settings.model, train=False),  # every scene is different: no augmentation
@@ -274,21 +291,9 @@ def _loader(settings: DemoSettings, shards: list[str], seed: int, *, train: bool
         shuffle=settings.scenes.train if train else 0,
         seed=seed,
         records=not train,
+        features=features,
         keep=train,
     )
-
-
-def _fingerprint(settings: DemoSettings, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What must not change between the start of a run and its continuation."""
-    loss = recipe.loss(settings.model["embed_dim"])
-    training = asdict(replace(settings.training, seed=seed))
-    return {
-        "scenes": asdict(settings.scenes),
-        "training": training,
-        "model": settings.model,
-        "loss": repr(loss),
-        "rankloss": rankloss.__version__,
-    }
 
 
 if __name__ == "__main__":

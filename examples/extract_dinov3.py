@@ -55,7 +55,7 @@ class Progress:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Extract; the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         progress = extract(options)
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if progress.images or not progress.left_out else 1
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options, which `extract` takes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -33,7 +33,7 @@ SUFFIXES = ("patches.npy", "cls.npy")
 
 
 class Features(NamedTuple):
-    """Of one image, float16.
+    """Of one image, or of a batch with one more dimension in front; float16.
 
     Attributes:
         patches: (h w, dim) projected patch tokens, in row-major order of the manifest's grid.
@@ -102,8 +102,8 @@ class FeatureFolder:
         ]
         if changed:
             raise UserError(
-                f"{self.shard(images)} does not belong here ({', '.join(changed)}); remove it to "
-                "make it anew"
+                f"{self.shard(images)} does not belong here ({', '.join(changed)}); remove it and "
+                "run examples/extract_dinov3.py to make it anew"
             )
         return True
 
@@ -179,26 +179,27 @@ class FeatureReader:
         return Features(torch.from_numpy(patches), torch.from_numpy(cls))
 
     def _shard(self, images: str) -> _Shard:
-        name = Path(images).name
-        if name not in self._open:
-            self._check(images)
-            self._open[name] = _Shard(self.folder.shard(images))
+        if images not in self._open:
+            self.check([images])
+            self._open[images] = _Shard(self.folder.shard(images))
             if len(self._open) > self._open_shards:
                 self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        return self._open[name]
+        self._open.move_to_end(images)
+        return self._open[images]
 
-    def _check(self, images: str) -> None:
-        if not (self.folder.shard(images).exists() and self.folder.stats(images).exists()):
-            raise UserError(
-                f"{self.folder.path} has no features of {images}; examples/extract_dinov3.py "
-                "makes those that are missing"
-            )
-        if read_json(self.folder.stats(images))["manifest"] != manifest_hash(self.manifest):
-            raise UserError(
-                f"features of {images} in {self.folder.path} were made otherwise than the manifest "
-                f"says; remove {self.folder.shard(images)} and run examples/extract_dinov3.py"
-            )
+    def check(self, images: Iterable[str]) -> None:
+        """See whether all of these image shards have features, made from just these images.
+
+        Raises:
+            UserError: one has none, or they were made otherwise, or from other images.
+        """
+        made_by = manifest_hash(self.manifest)
+        for shard in images:
+            if not self.folder.is_done(shard, made_by):
+                raise UserError(
+                    f"{self.folder.path} has no features of {shard}; examples/extract_dinov3.py "
+                    "makes those that are missing"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that are spawned: open files stay behind."""

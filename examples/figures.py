@@ -23,6 +23,13 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's, which colour-blind readers can tell apart; one a model."""
 DASHES = ("solid", "dashed", "dotted", "dashdot", "solid", "dashed")
 """Of lines that may lie on each other; one a model."""
+DISTILLATION = {
+    "gram_loss": "Gram",
+    "distance_loss": "relational distance",
+    "angle_loss": "relational angle",
+    "gate_loss": "gate",
+}
+"""Terms of the loss that come with a teacher and an injection."""
 EXAMPLES = 6
 SHOWN_PAIRS = 250
 """Image-text pairs in a picture of the gap."""
@@ -68,18 +75,36 @@ def _draw_examples(panel: Any, examples: Sequence[tuple[Image.Image, str]]) -> N
 
 def _draw_losses(panel: Any, models: Sequence[ModelFigures]) -> None:
     panel.suptitle("Training")
+    distilled = [model for model in models if DISTILLATION.keys() & model.history.keys()]
+    charts = panel.subplots(1, 4 if distilled else 3)
     titles = {
         "contrastive_loss": "contrastive loss (nats)",
         "ranking_loss": "ranking loss, weighted (nats)",
         "scale": "logit scale",
     }
-    for axes, (key, title) in zip(panel.subplots(1, 3), titles.items(), strict=True):
+    for axes, (key, title) in zip(charts, titles.items(), strict=False):
         for model, colour, dashes in zip(models, COLOURS, DASHES, strict=False):
-            values, steps = _smooth(model.history[key]), model.history["step"]
-            axes.plot(steps, values, color=colour, linestyle=dashes, label=model.label)
+            _draw_curve(axes, model, key, color=colour, linestyle=dashes, label=model.label)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.25)
-    panel.axes[0].legend(frameon=False)
+    charts[0].legend(frameon=False, fontsize=7)
+    if distilled:
+        _draw_distillation(charts[-1], distilled)
+
+
+def _draw_distillation(axes: Any, models: Sequence[ModelFigures]) -> None:
+    """All terms that a teacher adds, of the first model that has them."""
+    for (key, name), colour, dashes in zip(DISTILLATION.items(), COLOURS, DASHES, strict=False):
+        _draw_curve(axes, models[0], key, color=colour, linestyle=dashes, label=name)
+    title = "\n".join(textwrap.wrap(models[0].label, 28))
+    axes.set(title=f"{title}\nother terms, weighted", xlabel="step", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_curve(axes: Any, model: ModelFigures, key: str, **style: Any) -> None:
+    if key in model.history:
+        axes.plot(model.history["step"], _smooth(model.history[key]), **style)
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> NDArray[np.float64]:
@@ -151,7 +176,7 @@ def _draw_gaps(panel: Any, models: Sequence[ModelFigures]) -> None:
         axes.scatter(*images.T, s=9, color="#0072B2", label="images", zorder=2)
         axes.scatter(*texts.T, s=9, color="#D55E00", label="captions", zorder=2)
         gap, _ = mean_and_spread([outcome["gap"] for outcome in model.outcomes])
-        axes.set_title(f"{model.label}: gap {gap:.3f}")
+        axes.set_title("\n".join(textwrap.wrap(f"{model.label}: gap {gap:.3f}", 36)))
         axes.grid(alpha=0.25)
     charts[0].margins(y=0.14)  # room for the legend
     charts[0].legend(loc="upper center", ncols=2, edgecolor="none", framealpha=0.9)

@@ -14,8 +14,8 @@ import logging
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import webdataset as wds
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from examples.features import FeatureReader, Features
 from examples.shards import Failures, count_samples, decode, expand_shards, read_shard
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +46,22 @@ class Batch:
     """Samples the stream has given since the epoch began, broken ones included."""
     broken: int
     """Of these, how many could not be read since the stream's last batch."""
+    keys: list[str] = field(default_factory=list)
+    """Of the samples, in their shards."""
+    teacher: Features | None = None
+    """Patches (B, h w, dim) and cls (B, D) float16, if the loader has features."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = Features(*(x.to(device, non_blocking=True) for x in teacher))
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            texts=self.texts.to(device, non_blocking=True),
+            teacher=teacher,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,10 @@ class ShardLoader:
         workers: processes that decode; 0 decodes in this one.
         rank, world_size: this process's share of the shards.
         records: keep each sample's json.
+        features: of a teacher, joined to images by shard and key; samples without any count as
+            unreadable. `transform` must then show what the teacher saw: the resized image's
+            centre, as open_clip's transform for evaluation does. After a random crop the
+            features would be those of other patches.
         keep: keep undecoded samples in memory after the first epoch, for small data; without
             workers only.
         max_broken: share of unreadable samples above which reading stops with an error.
@@ -84,6 +105,7 @@ class ShardLoader:
     Raises:
         ValueError: fewer shards than streams (world_size * max(workers, 1)), or `keep` with
             workers, which do not outlive an epoch.
+        UserError: a shard has no features.
     """
 
     def __init__(
@@ -99,6 +121,7 @@ class ShardLoader:
         rank: int = 0,
         world_size: int = 1,
         records: bool = False,
+        features: FeatureReader | None = None,
         keep: bool = False,
         max_broken: float = 0.01,
     ) -> None:
@@ -106,7 +129,7 @@ class ShardLoader:
         self.transform, self.tokenize, self.batch_size = transform, tokenize, batch_size
         self.shuffle, self.seed, self.workers = shuffle, seed, workers
         self.rank, self.world_size = rank, world_size
-        self.records, self.max_broken = records, max_broken
+        self.records, self.max_broken, self.features = records, max_broken, features
         self.streams = max(workers, 1)
         self.read = self.broken = 0
         self.kept: dict[str, list[dict[str, Any]]] | None = {} if keep else None
@@ -117,6 +140,8 @@ class ShardLoader:
                 f"{len(self.shards)} shards cannot feed {world_size} processes of {self.streams} "
                 "workers; use fewer workers"
             )
+        if features is not None:
+            features.check(self.shards)
 
     def epoch(self, position: Position | None = None) -> Iterator[Batch]:
         """The rest of an epoch.
@@ -172,6 +197,16 @@ class ShardLoader:
             )
 
 
+class _Example(NamedTuple):
+    """A decoded sample."""
+
+    image: Tensor
+    text: str
+    record: dict[str, Any]
+    key: str
+    teacher: Features | None
+
+
 class _Epoch(IterableDataset[Batch]):
     """What one DataLoader worker iterates over."""
 
@@ -188,7 +223,7 @@ class _Epoch(IterableDataset[Batch]):
         loader = self.loader
         skip = self.position.consumed[stream] if self.position.consumed else 0
         failures = Failures()
-        examples: list[tuple[Tensor, str, dict[str, Any]]] = []
+        examples: list[_Example] = []
         consumed = 0
         for consumed, sample in enumerate(self._samples(stream, failures), 1):
             if consumed <= skip:
@@ -226,23 +261,32 @@ class _Epoch(IterableDataset[Batch]):
         kept[shard] = list(data)
         return kept[shard]
 
-    def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, dict[str, Any]]:
+    def _decode(self, sample: dict[str, Any]) -> _Example:
+        loader, key = self.loader, sample["__key__"]
         image, text = decode(sample)
-        record = json.loads(sample["json"]) if self.loader.records else {}
-        with _seeded(f"{self.loader.seed}/{self.position.epoch}/{sample['__key__']}"):
-            return self.loader.transform(image), text, record
+        record = json.loads(sample["json"]) if loader.records else {}
+        teacher = None if loader.features is None else loader.features.of(sample)
+        with _seeded(f"{loader.seed}/{self.position.epoch}/{key}"):
+            return _Example(loader.transform(image), text, record, key, teacher)
 
     def _batch(
         self,
-        examples: list[tuple[Tensor, str, dict[str, Any]]],
+        examples: list[_Example],
         stream: int,
         consumed: int,
         failures: Failures,
     ) -> Batch:
-        images, texts, records = zip(*examples, strict=True)
-        tokens = self.loader.tokenize(list(texts))
-        kept = list(records) if self.loader.records else []
-        return Batch(torch.stack(images), tokens, kept, stream, consumed, failures.take())
+        teachers = [each.teacher for each in examples if each.teacher is not None]
+        return Batch(
+            torch.stack([each.image for each in examples]),
+            self.loader.tokenize([each.text for each in examples]),
+            [each.record for each in examples] if self.loader.records else [],
+            stream,
+            consumed,
+            failures.take(),
+            [each.key for each in examples],
+            Features(*map(torch.stack, zip(*teachers, strict=True))) if teachers else None,
+        )
 
 
 @contextlib.contextmanager

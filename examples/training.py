@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from examples.checkpoint import load_checkpoint, save_checkpoint
 from examples.files import UserError
 from examples.loader import Batch, Position, ShardLoader
+from examples.towers import Towers
 
 MAX_SCALE = math.log(100)
 MAX_SKIPPED = 10
@@ -52,36 +53,6 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.checkpoint_steps, self.log_steps) < 1:
             raise ValueError(f"epochs, batch_size and steps must be at least 1: {self}")
-
-
-class Towers(nn.Module):
-    """Model and loss in one module: optimizer, checkpoint and DDP then see the loss's parameters.
-
-    Args:
-        model: (images, texts) -> keyword arguments of the loss, as open_clip's with output_dict.
-        loss: called with them and output_dict=True, returns named terms whose sum is minimised.
-    """
-
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = self.loss(**self.model(images, texts), output_dict=True)
-        return terms
-
-    def no_weight_decay(self) -> set[str]:
-        spared: set[str] = set()
-        for part, module in self.named_children():
-            names: Callable[[], set[str]] = getattr(module, "no_weight_decay", set)
-            spared |= {f"{part}.{name}" for name in names()}
-        return spared
-
-    def set_progress(self, progress: float) -> None:
-        """Tell a loss with a schedule how far training is, in [0, 1]."""
-        set_progress: Callable[[float], None] | None = getattr(self.loss, "set_progress", None)
-        if set_progress is not None:
-            set_progress(progress)
 
 
 def parameter_groups(towers: Towers, weight_decay: float) -> list[dict[str, Any]]:
@@ -214,9 +185,7 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        terms = self.towers(
-            batch.images.to(device, non_blocking=True), batch.texts.to(device, non_blocking=True)
-        )
+        terms = self.towers(batch.to(device))
         torch.autograd.backward(torch.stack(list(terms.values())).sum())
         self._apply_gradients()
         costs = {

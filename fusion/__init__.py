@@ -1,4 +1,4 @@
-"""Layers that bring teacher features into a tower's embedding; they know no loss."""
+"""Teacher, student, and the layers that bring features into an embedding; they know no loss."""
 
 if __name__ != "rankloss.fusion":
     raise ImportError(
@@ -17,19 +17,29 @@ from rankloss.fusion.injection import (
     Injection,
     MultiScaleFusion,
 )
+from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.pyramid import SpatialPyramidPool1d
 from rankloss.fusion.refiner import SelfAttentionRefiner
+from rankloss.fusion.student import DualBranchStudent, ImageBranch, StudentTokens, TextBranch
+from rankloss.fusion.teacher import Dinov3Teacher, TeacherFeatures
 
 __all__ = [
     "FUSION_VARIANTS",
     "ChannelSpatialAttention",
     "ConflictAwareGate",
+    "Dinov3Teacher",
+    "DualBranchStudent",
     "DualFusion",
     "FusionOutput",
     "FusionStages",
     "FusionVariant",
+    "ImageBranch",
     "Injection",
     "MultiScaleFusion",
     "SelfAttentionRefiner",
     "SpatialPyramidPool1d",
+    "StudentTokens",
+    "TeacherFeatures",
+    "TextBranch",
+    "TokenPCA",
 ]

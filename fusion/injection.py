@@ -49,7 +49,8 @@ class MultiScaleFusion(nn.Module):
         z+ = normalise(z + v)
 
     The last linear map of r is zero at the start, so z+ = z and every gradient of the trunk is
-    what it would be without the block. Source: DINORANKCLIP's injection, in this project's
+    what it would be without the block, also with a penalty on the gate: it reads the embedding
+    without gradient (this project's choice). Source: DINORANKCLIP's injection, in this project's
     definition.
 
     Args:
@@ -99,7 +100,7 @@ class MultiScaleFusion(nn.Module):
         if self.gate is None:
             gate, step = residual.new_ones(residual.shape), tangent(residual, embedding)
         else:
-            gate = self.gate(embedding, residual)
+            gate = self.gate(embedding.detach(), residual)  # a penalty on it spares the trunk
             step = tangent(gate * residual, embedding)
             if partner is not None:
                 step = without_conflict(step, embedding, partner)

@@ -1,5 +1,6 @@
 """Plackett-Luce ranking losses for CLIP-style pretraining."""
 
+from rankloss.contrastive import CyCLIPLoss, SigLipLoss
 from rankloss.distillation import (
     GramAnchor,
     GramLoss,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "CyCLIPLoss",
     "GramAnchor",
     "GramLoss",
     "HighOrderPLLoss",
@@ -22,6 +24,7 @@ __all__ = [
     "RankCLIPLoss",
     "RelationalAngleLoss",
     "RelationalDistanceLoss",
+    "SigLipLoss",
     "TransitionHeads",
     "Transitions",
     "plackett_luce_nll",

@@ -1,11 +1,15 @@
-"""Contrastive losses: the InfoNCE term of CLIP, with several positives where items repeat."""
+"""Contrastive losses: CLIP's InfoNCE, with several positives where items repeat; SigLIP; CyCLIP."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from rankloss.checks import as_scalar, check_features
+from rankloss.distributed import gather_batch, gather_with_gradient, processes
+from rankloss.scores import cross_modal_scores, scaled_cosines
 
 STREAM_ABOVE = 1 << 26  # logits; more (256 MiB in float32) are not held in memory at once
 
@@ -99,3 +103,143 @@ def _checkpointed_cross_entropy(
         arguments = queries[chunk], candidates, own[chunk]
         total = total + checkpoint(chunk_loss, *arguments, use_reentrant=False)
     return total
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP: every image-text pair of the global batch is a binary classification of its own.
+
+        L = 1/N sum over i, j of softplus(-y_ij (scale <v_i, t_j> + bias))
+
+    with y_ij = 1 for i = j and -1 otherwise, divided by N, not by N^2. SigLIP starts from scale 10
+    and bias -10. Source: Zhai et al. 2023, as in open_clip. Each process scores its own images
+    against all texts, gathered with gradient: under DDP's averaging the gradient is the global
+    batch's at any world size.
+
+    Args:
+        rank, world_size: None takes the process group's at each forward; given values must match.
+    """
+
+    def __init__(self, *, rank: int | None = None, world_size: int | None = None) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of this process's pairs.
+
+        Args:
+            image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
+                matches row i of the other. Scores are computed in float32 even under autocast.
+            logit_scale: exp'd scale, 0-D or (1,), or a float.
+            logit_bias: the same, or None for 0.
+            output_dict: return {"contrastive_loss"}.
+
+        Raises:
+            TypeError: features are not floating.
+            ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
+                or rank/world_size contradict the process group.
+        """
+        check_features(image_features, text_features, None)
+        scale = as_scalar("logit_scale", logit_scale, image_features)
+        group = processes(self.rank, self.world_size)
+        dtype = _wide_dtype(image_features, text_features)
+        texts = gather_with_gradient(text_features, group).to(dtype)
+        logits = scaled_cosines(image_features.to(dtype), texts, scale)
+        if logit_bias is not None:
+            logits = logits + as_scalar("logit_bias", logit_bias, image_features).to(dtype)
+        own = torch.zeros_like(logits, dtype=torch.bool)
+        own.diagonal(group.rank * len(logits)).fill_(True)
+        loss = -F.logsigmoid(torch.where(own, logits, -logits)).sum() / max(len(logits), 1)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class CyCLIPLoss(nn.Module):
+    """CyCLIP: CLIP's loss plus two penalties on inconsistent similarities.
+
+        L = L_CLIP + w_in/N sum over j, k of (<v_j, v_k> - <t_j, t_k>)^2
+                   + w_cross/N sum over j, k of (<v_j, t_k> - <v_k, t_j>)^2
+
+    of cosines, divided by N, not by N^2; both sides receive gradient, the scale does not. Source:
+    Goel et al. 2022 and its published code. Each process scores its own anchors against all
+    candidates, gathered with gradient: under DDP's averaging the gradient is the global batch's at
+    any world size (the published code's is 1/world_size of it).
+
+    Args:
+        in_modal_weight, cross_modal_weight: w_in, w_cross; the published command has 0.25 for both.
+        rank, world_size: None takes the process group's at each forward; given values must match.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_modal_weight: float = 0.25,
+        cross_modal_weight: float = 0.25,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_modal_weight, self.cross_modal_weight = in_modal_weight, cross_modal_weight
+        self.rank, self.world_size = rank, world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of this process's pairs.
+
+        Args:
+            image_features, text_features, logit_scale: as in `SigLipLoss.forward`.
+            logit_bias: added to the contrastive logits.
+            output_dict: return {"contrastive_loss", "cyclic_loss"}, already weighted, whose sum is
+                the loss.
+
+        Raises:
+            TypeError, ValueError: as `SigLipLoss.forward`.
+        """
+        check_features(image_features, text_features, None)
+        scale = as_scalar("logit_scale", logit_scale, image_features)
+        group = processes(self.rank, self.world_size)
+        batch = gather_batch(
+            image_features, text_features, group, local_loss=True, gather_with_grad=True
+        ).in_full_precision()
+        one = batch.images.new_ones(())
+        cosines = cross_modal_scores(batch, one)
+        logits = [scale.to(one.dtype) * x for x in cosines]
+        if logit_bias is not None:
+            bias = as_scalar("logit_bias", logit_bias, image_features)
+            logits = [x + bias for x in logits]
+        contrastive = 0.5 * (info_nce(logits[0], batch.own) + info_nce(logits[1], batch.own))
+        images = scaled_cosines(batch.image_anchors, batch.images, one)
+        texts = scaled_cosines(batch.text_anchors, batch.texts, one)
+        cyclic = self.in_modal_weight * (images - texts).square().sum()
+        cyclic = cyclic + self.cross_modal_weight * (cosines[0] - cosines[1]).square().sum()
+        cyclic = cyclic / max(len(images), 1)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "cyclic_loss": cyclic}
+        return contrastive + cyclic
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_modal_weight={self.in_modal_weight:g}, "
+            f"cross_modal_weight={self.cross_modal_weight:g}"
+        )
+
+
+def _wide_dtype(*features: Tensor) -> torch.dtype:
+    """float32, or float64 where features are."""
+    dtype = torch.float32
+    for x in features:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype

@@ -1,14 +1,14 @@
 """The four ranking lists of a batch: who scores whom, and whose order they should reproduce."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankloss.distributed import GlobalBatch
-from rankloss.kernels.launch import outside_autocast
 from rankloss.plackett_luce import ranked_nll, rankings
+from rankloss.scores import scaled_cosines
 from rankloss.types import Discount, Transitions
 
 
@@ -25,45 +25,6 @@ class RankingList(NamedTuple):
     target: Tensor
     mask: Tensor | None
     transitions: Transitions | None
-
-
-class _Dot(torch.autograd.Function):
-    """anchors @ candidates.T whose gradients are computed outside autocast too.
-
-    A compiled backward pass inherits the forward's autocast, and would multiply in half precision.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(anchors: Tensor, candidates: Tensor) -> Tensor:
-        with outside_autocast(anchors):
-            return anchors @ candidates.T
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        anchors, candidates = ctx.saved_tensors
-        with outside_autocast(anchors):
-            return grad @ candidates, grad.T @ anchors
-
-
-def _scores(anchors: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
-    """scale * <anchor, candidate> of float32 or float64 features."""
-    # two tensors: torch.compile refuses one tensor given twice to an autograd.Function
-    cosines: Tensor = _Dot.apply(anchors, candidates.view_as(candidates))
-    return scale.to(cosines.dtype) * cosines
-
-
-def cross_modal_scores(batch: GlobalBatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, M) scores of images against texts, and of texts against images."""
-    image_to_text = _scores(batch.image_anchors, batch.texts, scale)
-    if batch.image_anchors is batch.images:  # every candidate is an anchor
-        return image_to_text, image_to_text.T
-    return image_to_text, _scores(batch.text_anchors, batch.images, scale)
 
 
 def cross_modal_lists(
@@ -90,8 +51,8 @@ def in_modal_lists(
     exclude_self: bool,
 ) -> list[RankingList]:
     """Images ranking images as texts rank texts, and the reverse; `same` marks repeated items."""
-    images = _scores(batch.image_anchors, batch.images, scale)
-    texts = _scores(batch.text_anchors, batch.texts, scale)
+    images = scaled_cosines(batch.image_anchors, batch.images, scale)
+    texts = scaled_cosines(batch.text_anchors, batch.texts, scale)
     image_mask, text_mask = (_list_mask(x, batch, images, exclude_self=exclude_self) for x in same)
     return [
         RankingList(images, texts, image_mask, transitions.get("image")),

@@ -14,11 +14,11 @@ from rankloss.kernels.launch import outside_autocast
 from rankloss.lists import (
     RankingList,
     cross_modal_lists,
-    cross_modal_scores,
     in_modal_lists,
     list_nll,
 )
 from rankloss.plackett_luce import TransitionHeads
+from rankloss.scores import cross_modal_scores
 from rankloss.statistics import Snapshot, summarize, take_snapshot
 from rankloss.types import Discount, Transitions
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -108,9 +109,24 @@ def test_version_agrees_with_metadata() -> None:
     assert metadata.version("rankloss") == rankloss.__version__
 
 
-def test_public_names_are_documented() -> None:
-    for name in rankloss.__all__:
-        assert getattr(rankloss, name).__doc__, name
+@pytest.mark.parametrize("package", [rankloss, rankloss.fusion])
+def test_public_names_are_documented(package: ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+
+
+def test_fusion_exports_all_its_modules() -> None:
+    """Every public class of fusion/ that is not a helper of one of its files."""
+    there = set(rankloss.fusion.__all__)
+    assert {"Dinov3Teacher", "TeacherFeatures", "TokenPCA", "DualBranchStudent"} < there
+    modules = {
+        name
+        for each in vars(rankloss.fusion).values()
+        if isinstance(each, ModuleType)
+        for name, value in vars(each).items()
+        if isinstance(value, type) and value.__module__ == each.__name__
+    }
+    assert modules == there - {"FUSION_VARIANTS"}
 
 
 def test_report_and_self_check() -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from examples.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from examples.files import SettingsChanged, UserError, claim_directory, write_atomically
 from examples.loader import Batch, Position
+from examples.towers import Towers
 from examples.training import (
     MAX_SCALE,
     MAX_SKIPPED,
     Interrupted,
     StopRequest,
-    Towers,
     Trainer,
     TrainSettings,
     learning_rate,

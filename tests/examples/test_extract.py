@@ -441,11 +441,15 @@ def test_reader_refuses_what_it_was_not_promised(images: Path) -> None:
     with pytest.raises(UserError, match="'resolution': 32"):
         FeatureReader(folder, resolution=224)
     reader = FeatureReader(folder)
+    write_shard(images / "00007.tar", 42)
     with pytest.raises(UserError, match=r"no features of .*00007\.tar"):
         reader.read(str(images / "00007.tar"), "000000042")
+    write_shard(images / "other/00000.tar", 0, lambda i: "cut")  # same name and keys
+    with pytest.raises(UserError, match=r"00000\.tar does not belong.*images have changed"):
+        reader.read(str(images / "other/00000.tar"), "000000002")
     stats = folder / "00002_stats.json"
     stats.write_text(json.dumps({**read_json(stats), "manifest": "of another run"}))
-    with pytest.raises(UserError, match="made otherwise than the manifest says"):
+    with pytest.raises(UserError, match="other settings made it"):
         reader.read(str(images / "00002.tar"), "000000012")
 
 

@@ -1,0 +1,235 @@
+"""SigLIP and CyCLIP: open_clip's values, the published formulas, and any number of processes."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from features import features
+from open_clip.loss import SigLipLoss as OpenClipSigLip
+from processes import ProcessGroup
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rankloss import ClipLoss, CyCLIPLoss, SigLipLoss
+
+Make = Callable[[], nn.Module]
+LOSSES: dict[str, Make] = {
+    "siglip": SigLipLoss,
+    "cyclip": CyCLIPLoss,
+    "cyclip, other weights": lambda: CyCLIPLoss(in_modal_weight=0.5, cross_modal_weight=2.0),
+}
+each_baseline = pytest.mark.parametrize("name", LOSSES)
+
+
+def value_and_gradients(loss: nn.Module, *inputs: Tensor, **options: Any) -> list[Tensor]:
+    leaves = [x for x in inputs if x.requires_grad]
+    value = loss(*inputs, **options)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+# ---------------------------------------------------------------- SigLIP
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.5), (100.0, -3.0)])
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_siglip_is_open_clips(n: int, scale: float, bias: float, dtype: torch.dtype) -> None:
+    image, text = features(n, 16, dtype=dtype)
+    s, b = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (scale, bias))
+    ours, theirs = (
+        value_and_gradients(loss, image, text, s, b) for loss in (SigLipLoss(), OpenClipSigLip())
+    )
+    eps = torch.finfo(dtype).eps
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=8 * eps * scale * n)
+
+
+def test_siglip_by_hand() -> None:
+    image, text = features(5, grad=False)
+    expected = 0.0
+    for i in range(5):
+        for j in range(5):
+            z = 7.0 * float(image[i] @ text[j]) - 2.0
+            expected += math.log1p(math.exp(-z if i == j else z)) / 5
+    assert float(SigLipLoss()(image, text, 7.0, -2.0)) == pytest.approx(expected, rel=1e-12)
+
+
+# ---------------------------------------------------------------- CyCLIP
+
+
+def cyclip_by_hand(image: Tensor, text: Tensor, scale: float, w_in: float, w_cross: float) -> float:
+    v, t = image.detach().double(), text.detach().double()
+    n = len(v)
+    s, vv, tt = v @ t.T, v @ v.T, t @ t.T
+    clip, within, across = 0.0, 0.0, 0.0
+    for j in range(n):
+        for scores in (s[j], s[:, j]):
+            clip += float((scale * scores).logsumexp(0) - scale * scores[j]) / n / 2
+        for k in range(n):
+            within += float(vv[j, k] - tt[j, k]) ** 2 / n
+            across += float(s[j, k] - s[k, j]) ** 2 / n
+    return clip + w_in * within + w_cross * across
+
+
+@pytest.mark.parametrize("weights", [(0.25, 0.25), (1.0, 0.0), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_cyclip_by_hand(scale: float, weights: tuple[float, float]) -> None:
+    image, text = features(9, grad=False)
+    loss = CyCLIPLoss(in_modal_weight=weights[0], cross_modal_weight=weights[1])
+    expected = cyclip_by_hand(image, text, scale, *weights)
+    assert float(loss(image, text, scale)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cyclip_golden_values() -> None:
+    """Worked out on paper: cosines 0.6 and 0.8 make every term a round number."""
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    text = torch.tensor([[0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    # <v0, t1> = 0, <v1, t0> = 0.8: twice 0.64; <v0, v1> = 0, <t0, t1> = 0.8: twice 0.64; N = 2
+    parts = CyCLIPLoss()(image, text, 1.0, output_dict=True)
+    assert float(parts["cyclic_loss"]) == pytest.approx(0.25 * 0.64 + 0.25 * 0.64, rel=1e-12)
+    # rows of S: (0.6, 0), (0.8, 1); columns: (0.6, 0.8), (0, 1)
+    gaps = (-0.6, -0.2, 0.2, -1.0)  # of each wrong score to its right one
+    clip = sum(math.log1p(math.exp(gap)) for gap in gaps) / 4
+    assert float(parts["contrastive_loss"]) == pytest.approx(clip, rel=1e-12)
+
+
+def test_cyclip_without_penalties_is_clip() -> None:
+    image, text = features(9)
+    loss = CyCLIPLoss(in_modal_weight=0.0, cross_modal_weight=0.0)
+    assert torch.equal(loss(image, text, 20.0, -1.0), ClipLoss()(image, text, 20.0, -1.0))
+
+
+def test_the_scale_gets_only_clips_gradient() -> None:
+    image, text = features(9)
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    ours, clip = (value_and_gradients(x, image, text, scale)[3] for x in (CyCLIPLoss(), ClipLoss()))
+    torch.testing.assert_close(ours, clip)
+
+
+# ---------------------------------------------------------------- both
+
+
+@each_baseline
+def test_gradients(name: str) -> None:
+    image, text = features(4, 3)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LOSSES[name](), (image, text, scale, bias))
+
+
+@each_baseline
+def test_parts_sum_to_the_loss(name: str) -> None:
+    image, text = features(9)
+    parts = LOSSES[name]()(image, text, 10.0, -10.0, output_dict=True)
+    assert all(part.endswith("_loss") for part in parts)
+    torch.testing.assert_close(sum(parts.values()), LOSSES[name]()(image, text, 10.0, -10.0))
+
+
+@each_baseline
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_float32_of_rounded_features(name: str, dtype: torch.dtype) -> None:
+    """Also under autocast, which would otherwise multiply in half precision."""
+    image, text = features(9, dtype=dtype)
+    wide = LOSSES[name]()(image.float(), text.float(), 100.0, -10.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = LOSSES[name]()(image, text, 100.0, -10.0)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, wide)
+    gradients = torch.autograd.grad(narrow, (image, text))
+    assert all(x.dtype == dtype and x.isfinite().all() for x in gradients)
+
+
+@each_baseline
+@pytest.mark.parametrize("n", [0, 1])
+def test_small_batches(name: str, n: int) -> None:
+    image, text = features(n)
+    value, *gradients = value_and_gradients(
+        LOSSES[name](), image, text, output_dict=False, logit_scale=torch.tensor(10.0)
+    )
+    assert value.isfinite()
+    assert all(x.isfinite().all() for x in gradients)
+    if n == 0:
+        assert value == 0
+
+
+@each_baseline
+def test_bad_input(name: str) -> None:
+    image, text = features(4)
+    loss = LOSSES[name]()
+    with pytest.raises(ValueError, match=r"both be \(n, D\).*\(4, 8\) and text_features \(3, 8\)"):
+        loss(image, text[:3], 10.0)
+    with pytest.raises(TypeError, match="features must be floating point"):
+        loss(image.long(), text, 10.0)
+    with pytest.raises(ValueError, match="logit_scale must be 0-D"):
+        loss(image, text, torch.ones(2))
+    with pytest.raises(ValueError, match="logit_bias must be 0-D"):
+        loss(image, text, 10.0, torch.ones(2))
+    with pytest.raises(ValueError, match="there is no process group"):
+        type(loss)(world_size=2)(image, text, 10.0)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class Pair(nn.Module):
+    """Two linear towers, scale and bias, and a loss inside."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.image, self.text = nn.Linear(5, 7), nn.Linear(6, 7)
+        self.scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
+        self.loss = LOSSES[name]()
+        self.double()
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        v, t = (F.normalize(x, dim=1) for x in (self.image(images), self.text(texts)))
+        value: Tensor = self.loss(v, t, self.scale.exp(), self.bias)
+        return value
+
+
+def gradients_of_a_share(name: str, images: Tensor, texts: Tensor) -> tuple[Tensor, list[Tensor]]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = Pair(name)
+    parallel = DistributedDataParallel(model)
+    value = parallel(images.chunk(world)[rank], texts.chunk(world)[rank])
+    value.backward()
+    return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> Iterator[ProcessGroup]:
+    group = ProcessGroup(2)
+    yield group
+    group.close()
+
+
+@each_baseline
+def test_two_processes_have_the_gradient_of_one(two_processes: ProcessGroup, name: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    images, texts = (torch.randn(12, d, generator=g, dtype=torch.float64) for d in (5, 6))
+    model = Pair(name)
+    value = model(images, texts)
+    expected = torch.autograd.grad(value, list(model.parameters()))
+    results = two_processes.run(gradients_of_a_share, name, images, texts)
+    torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
+    for _, gradients in results:
+        for x, y in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def uneven_share(name: str) -> str:
+    image, text = features(3 + dist.get_rank(), grad=False)
+    with pytest.raises(ValueError, match="every process must hold the same number of pairs") as e:
+        LOSSES[name]()(image, text, 10.0)
+    return str(e.value)
+
+
+@each_baseline
+def test_uneven_shares_are_refused_everywhere(two_processes: ProcessGroup, name: str) -> None:
+    assert all("[3, 4]" in text for text in two_processes.run(uneven_share, name))
