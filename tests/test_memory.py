@@ -33,7 +33,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     [(48, 300, 300, 3), (400, 400, 40, 3), (90, 300, 160, 4), (64, 512, 512, 1)],
     ids=["K = M", "K much less than M", "K = M / 2", "order 1"],
 )
-def test_blocked_never_holds_a_large_tensor(n: int, m: int, k: int, order: int) -> None:
+def test_blocked_never_holds_a_large_tensor(
+    n: int, m: int, k: int, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "TILE", 1 << 17)  # small problems then have many tiles
     p = make_problem(15, n, m, k, order, r=32, dtype=torch.float32)
     args = list(arguments(p))
     args[2] = torch.full((n,), k)
