@@ -442,7 +442,7 @@ def test_reader_refuses_what_it_was_not_promised(images: Path) -> None:
     with pytest.raises(UserError, match="'resolution': 32"):
         FeatureReader(folder, resolution=224)
     reader = FeatureReader(folder)
-    with pytest.raises(UserError, match="local image shards, but pipe:cat x.tar is not there"):
+    with pytest.raises(UserError, match=r"local image shards, but pipe:cat x\.tar is not there"):
         reader.check(["pipe:cat x.tar"])
     write_shard(images / "00007.tar", 42)
     with pytest.raises(UserError, match=r"no features of .*00007\.tar"):
