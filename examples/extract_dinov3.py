@@ -120,6 +120,8 @@ def extract(options: argparse.Namespace) -> Progress:
         todo = [shard for shard in shards if not folder.is_done(shard, made_by)]
         if len(todo) < len(shards):
             print(f"{len(shards) - len(todo)} of {len(shards)} shards were done before")
+        if not todo:
+            return Progress(None)
         return _run(extractor, pca, folder, todo, made_by)
 
 

@@ -191,10 +191,13 @@ class FeatureReader:
         """See whether all of these image shards have features, made from just these images.
 
         Raises:
-            UserError: one has none, or they were made otherwise, or from other images.
+            UserError: one is not a local file or has none, or they were made otherwise, or from
+                other images.
         """
         made_by = manifest_hash(self.manifest)
         for shard in images:
+            if not Path(shard).exists():
+                raise UserError(f"features belong to local image shards, but {shard} is not there")
             if not self.folder.is_done(shard, made_by):
                 raise UserError(
                     f"{self.folder.path} has no features of {shard}; examples/extract_dinov3.py "

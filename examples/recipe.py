@@ -94,6 +94,9 @@ LOSSES: dict[str, type[Any]] = {each.name: each for each in get_args(LossSetting
 class DistillationSettings:
     """Of the student's image branch from the teacher's patches; see `towers.PatchDistillation`.
 
+    There is no warm-up: these terms train the student alone, and what it adds to the embeddings
+    starts at zero. The weights are this project's choice.
+
     Args:
         gram_weight: of the mean-form Gram loss.
         gram_level, gram_negatives, gram_max_tokens: `rankloss.GramLoss`'s level, negatives and

@@ -42,16 +42,21 @@ def without_conflict(v: Tensor, z: Tensor, partner: Tensor) -> Tensor:
 
         v - min(0, <v, t'>) t' / |t'|^2,   t' = P_z t
 
-    so that the matched similarity does not fall to first order. The direction t' carries no
-    gradient (this project's choice); where z and its partner coincide, v is left as it is.
+    so that the matched similarity does not fall to first order. The correction carries no gradient
+    (this project's choice): v is trained as if alone. With its gradient, networks learn to conflict
+    on purpose, for then the correction writes the partner into the embedding; the training loss
+    falls to nothing, and a tower alone retrieves at chance. Where z and its partner coincide, v is
+    left as it is.
 
     Args:
         v: (B, D) tangent at z.
         z, partner: (B, D) unit-norm.
     """
-    towards = tangent(partner.detach(), z.detach())
-    length = towards.norm(dim=1, keepdim=True)
-    tiny = 16 * torch.finfo(length.dtype).eps  # below it, t' is the rounding of t and z
-    towards = torch.where(length > tiny, towards, 0.0) / length.clamp(min=tiny)
-    rest: Tensor = v - (v * towards).sum(1, keepdim=True).clamp(max=0) * towards
+    with torch.no_grad():
+        towards = tangent(partner, z)
+        length = towards.norm(dim=1, keepdim=True)
+        tiny = 16 * torch.finfo(length.dtype).eps  # below it, t' is the rounding of t and z
+        towards = torch.where(length > tiny, towards, 0.0) / length.clamp(min=tiny)
+        conflict = (v * towards).sum(1, keepdim=True).clamp(max=0) * towards
+    rest: Tensor = v - conflict
     return rest

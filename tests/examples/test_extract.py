@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -149,7 +150,7 @@ def test_broken_images_are_counted_and_left_out(
     assert keys(folder / "00001.tar") == ["000000007", "000000010", "000000011"]
     stats = read_json(folder / "00001_stats.json")
     assert (stats["count"], stats["successes"], stats["unreadable"]) == (6, 3, 3)
-    assert "15 images, 3 left out" in capsys.readouterr().out
+    assert re.search(r"15 images, 3 left out, [\d.]+ img/s", capsys.readouterr().out)
     assert keys(folder / "00002.tar") == keys(images / "00002.tar")
     with pytest.raises(KeyError, match="000000006"):
         FeatureReader(folder).of(sample_of(images / "00001.tar", 6))
@@ -441,6 +442,8 @@ def test_reader_refuses_what_it_was_not_promised(images: Path) -> None:
     with pytest.raises(UserError, match="'resolution': 32"):
         FeatureReader(folder, resolution=224)
     reader = FeatureReader(folder)
+    with pytest.raises(UserError, match=r"local image shards, but pipe:cat x\.tar is not there"):
+        reader.check(["pipe:cat x.tar"])
     write_shard(images / "00007.tar", 42)
     with pytest.raises(UserError, match=r"no features of .*00007\.tar"):
         reader.read(str(images / "00007.tar"), "000000042")

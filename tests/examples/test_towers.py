@@ -175,8 +175,13 @@ def test_training_has_the_partner_and_inference_works_alone() -> None:
         made.injection.image(image, tokens.image, text).embedding,
         made.injection.text(text, tokens.text, image, tokens.text_mask).embedding,
     )
+    without = (
+        made.injection.image(image, tokens.image).embedding,
+        made.injection.text(text, tokens.text, mask=tokens.text_mask).embedding,
+    )
     for i, name in enumerate(("image_features", "text_features")):
         torch.testing.assert_close(outputs[name], with_partner[i])
+        torch.testing.assert_close(alone[i], without[i])
         assert not torch.allclose(alone[i], with_partner[i]), "the conflict projection did nothing"
         assert not torch.allclose(alone[i], (image, text)[i]), "nothing was injected"
         torch.testing.assert_close(alone[i].norm(dim=1), torch.ones(COUNT).double())

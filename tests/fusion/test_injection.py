@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankloss import HighOrderPLLoss
+from rankloss import ClipLoss, HighOrderPLLoss
 from rankloss.fusion import FUSION_VARIANTS, FusionStages, Injection, MultiScaleFusion
 from rankloss.fusion.gate import tangent, without_conflict
 
@@ -143,6 +143,38 @@ def test_partner_gets_no_gradient() -> None:
     out = block(z, torch.randn(4, 9, 8, dtype=torch.float64), t)
     (gradient,) = torch.autograd.grad(out.embedding.sum(), t, allow_unused=True)
     assert gradient is None
+
+
+def test_the_correction_carries_no_gradient() -> None:
+    z, t, v = (x.requires_grad_() for x in random_step(6, 0, with_partner=False))
+    corrected = without_conflict(v, z, t)
+    assert not torch.allclose(corrected, v)
+    weight = torch.randn(5, 6, dtype=torch.float64)
+    gradients = torch.autograd.grad((corrected * weight).sum(), [v, z, t], allow_unused=True)
+    assert gradients[0] is not None
+    assert torch.equal(gradients[0], weight)
+    assert [x is None for x in gradients] == [False, True, True]
+
+
+def test_training_with_partners_does_not_leak_them() -> None:
+    """Pairs that have nothing in common, new ones at every step: no honest loss beats chance."""
+    torch.manual_seed(0)
+    stages = FusionStages(levels=None, attention=False, refiner=False)
+    injection, loss = Injection(16, 8, stages=stages), ClipLoss()
+    scale = torch.tensor(math.log(5), requires_grad=True)
+    optimizer = torch.optim.Adam([*injection.parameters(), scale], lr=0.03)
+    tokens, losses = torch.ones(32, 1, 8), []
+    for _ in range(200):
+        image, text = F.normalize(torch.randn(2, 32, 16), dim=2)
+        one, two = injection(image, text, tokens, tokens)
+        assert one is not None
+        assert two is not None
+        value: Tensor = loss(one.embedding, two.embedding, scale.exp())
+        optimizer.zero_grad()
+        torch.autograd.backward(value)
+        optimizer.step()
+        losses.append(value.item())
+    assert sum(losses[-20:]) / 20 > 0.9 * math.log(32)  # 1.7 with the correction's gradient
 
 
 def test_injection_leaves_out_what_is_not_there() -> None:
