@@ -31,13 +31,14 @@ from PIL import Image
 from torch import Tensor
 
 import rankloss
+from examples.batches import Position
 from examples.checkpoint import load_tensors, save_tensors
 from examples.demo_teacher import TeacherSettings, describe, extract_features
 from examples.features import FeatureReader
 from examples.figures import EXAMPLES, ModelFigures, save_figure
 from examples.files import UserError, claim_directory
 from examples.heldout import HeldOut, encode_heldout, read_heldout
-from examples.loader import Position, ShardLoader
+from examples.loader import ShardLoader
 from examples.models import (
     SMALL_CLIP,
     SMALL_STUDENT,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.batches import Batch, Position
 from examples.checkpoint import load_checkpoint, save_checkpoint
 from examples.files import UserError
-from examples.loader import Batch, Position, ShardLoader
+from examples.loader import ShardLoader
 from examples.towers import Towers
 
 MAX_SCALE = math.log(100)
@@ -253,9 +254,6 @@ class Trainer:
             raise UserError(
                 f"{self.checkpoint} was made with other settings; remove it to start over"
             )
-        position = state["position"]
-        self.position = Position(
-            position["epoch"], tuple(position["consumed"]), position["next_stream"]
-        )
+        self.position = Position.from_json(state["position"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.history = state["history"]

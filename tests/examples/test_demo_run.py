@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.batches import Batch
 from examples.checkpoint import load_tensors
 from examples.demo import FAST, RECIPES, main
 from examples.demo_teacher import TeacherSettings, describe, extract_features
 from examples.features import FeatureFolder
 from examples.files import UserError
-from examples.loader import Batch
 from examples.recipe import load_recipe
 from examples.scene_shards import prepare_scenes
 from examples.training import Trainer

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.batches import Batch, Position
 from examples.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from examples.files import SettingsChanged, UserError, claim_directory, write_atomically
-from examples.loader import Batch, Position
 from examples.towers import Towers
 from examples.training import (
     MAX_SCALE,
@@ -71,7 +71,7 @@ class Batches:
             images = torch.randn(3, 3, 2, 2, generator=generator)
             texts = torch.randint(0, 20, (3, 5), generator=generator)
             if i >= done:
-                yield Batch(images, texts, [], 0, 3 * (i + 1), 0)
+                yield Batch(images, texts, [], 0, 3 * (i + 1))
 
 
 def trainer(path: Path, settings: TrainSettings = SETTINGS, order: int = 3) -> Trainer:
