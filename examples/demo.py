@@ -52,10 +52,12 @@ from examples.recipe import load_recipe
 from examples.report import report_text, results_json, write_report
 from examples.results import Outcomes, measure, metrics
 from examples.scene_shards import SceneSettings, prepare_scenes, read_pictures
+from examples.settings import TrainSettings
 from examples.shards import count_samples
+from examples.signals import Interrupted, StopRequest
 from examples.timing import StepTime, time_steps
 from examples.towers import build_towers
-from examples.training import Interrupted, StopRequest, Trainer, TrainSettings
+from examples.training import Trainer
 
 RECIPES = ("clip", "rankclip", "highorder_r3", "dinorankclip")
 """Rows of the comparison: files in examples/recipes."""
@@ -109,7 +111,7 @@ class Demo:
         shards = self.shards["train"]
         return _loader(self.settings, shards, seed, self.features if features else None, train=True)
 
-    def trainer(self, name: str, seed: int, checkpoint: Path) -> Trainer:
+    def trainer(self, name: str, seed: int, checkpoints: Path) -> Trainer:
         """The same initialisation and the same data order for every recipe."""
         recipe, settings = load_recipe(name), self.settings
         training = replace(settings.training, seed=seed)
@@ -123,7 +125,7 @@ class Demo:
         )
         steps = count_samples(self.shards["train"]) // training.batch_size
         loader = self.loader(seed, features=recipe.distillation is not None)
-        return Trainer(towers, loader, training, steps, checkpoint)
+        return Trainer(towers, loader, training, steps, checkpoints)
 
     def fingerprint(self, name: str, seed: int) -> dict[str, Any]:
         """What must not change between the start of a run and its continuation."""
@@ -215,7 +217,7 @@ def train_one(demo: Demo, name: str, seed: int, stop: StopRequest) -> Run:
         features, state = load_tensors(finished)
         print(f"{label}: finished before")
         return Run(features, state["history"])
-    trainer = demo.trainer(name, seed, directory / "checkpoint.safetensors")
+    trainer = demo.trainer(name, seed, directory / "checkpoints")
     if trainer.step:
         print(f"{label}: going on after step {trainer.step} of {trainer.total_steps}")
     trainer.fit(label, stop)
@@ -231,14 +233,14 @@ def measure_times(demo: Demo) -> dict[str, StepTime]:
     """Cost of a step of each loss: fresh models take turns on one batch."""
     batch = next(demo.loader(features=True).epoch(Position()))
     trainers = {
-        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoint")
+        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoints")
         for name in RECIPES
     }
     for trainer in trainers.values():
         trainer.towers.train()
 
     def step(trainer: Trainer) -> Callable[[], dict[str, Tensor]]:
-        return lambda: trainer.update(batch)
+        return lambda: trainer.update([batch])
 
     steps = {label: step(trainer) for label, trainer in trainers.items()}
     return time_steps(steps, demo.settings.timing_rounds)

@@ -30,7 +30,7 @@ class Health:
     def __init__(self, module: nn.Module, folder: Path, rank: int, most: int) -> None:
         self.path, self.most = folder / f"skipped_{rank}.jsonl", most
         self.in_a_row = self.total = 0
-        self._buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def before_step(self) -> None:

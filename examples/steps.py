@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,13 @@ DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 Outputs = dict[str, Tensor]
 
 
+@dataclass
+class Watch:
+    """When the loss's part of the last backward pass ended."""
+
+    loss_done: Stamp
+
+
 class Work(nn.Module):
     """All that uses parameters, behind one forward: the only call that DDP and FSDP2 watch.
 
@@ -39,9 +46,7 @@ class Work(nn.Module):
 
     def __init__(self, towers: Towers, clock: Clock) -> None:
         super().__init__()
-        self.towers, self.clock = towers, clock
-        self.loss_done: Stamp = 0.0
-        """When the loss's part of the last backward ended."""
+        self.towers, self.clock, self.watch = towers, clock, Watch(clock.stamp())
 
     def forward(
         self, task: str, part: Batch, whole: Batch | None = None, cached: Outputs | None = None
@@ -61,32 +66,33 @@ class Work(nn.Module):
 
     def _watch(self, outputs: Outputs) -> None:
         def note(_: Tensor) -> None:
-            self.loss_done = self.clock.stamp()
+            self.watch.loss_done = self.clock.stamp()
 
         for name in ("image_features", "text_features"):
             if outputs[name].requires_grad:
-                outputs[name].register_hook(note)
+                outputs[name].register_hook(note)  # type: ignore[no-untyped-call]
 
 
 class Gradients:
     """Computes the gradient of a step.
 
     Args:
-        work: a `Work`, as `parallel.distribute` returned it.
-        clock: the same as the work's.
+        own: all work.
+        work: the same, as `parallel.distribute` returned it.
+        device: where it computes.
         precision: of the model under autocast; the loss computes in float32 whatever it is.
-        scale: multiplies the loss before the backward pass, for float16.
+        scaler: multiplies the loss before the backward pass, for float16.
     """
 
     def __init__(
         self,
+        own: Work,
         work: nn.Module,
-        clock: Clock,
         device: torch.device,
         precision: Precision,
         scaler: torch.amp.GradScaler,
     ) -> None:
-        self.work, self.clock, self.scaler = work, clock, scaler
+        self.work, self.clock, self.watch, self.scaler = work, own.clock, own.watch, scaler
         self.device, self.precision = device, precision
 
     def __call__(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
@@ -106,12 +112,10 @@ class Gradients:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _backward(self, terms: dict[str, Tensor]) -> None:
-        inner = self.work.module if hasattr(self.work, "module") else self.work
         start = self.clock.stamp()
-        inner.loss_done = start
-        self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
-        self.clock.add("loss", start, inner.loss_done)
-        self.clock.add("model", inner.loss_done, self.clock.stamp())
+        torch.autograd.backward(self.scaler.scale(torch.stack(list(terms.values())).sum()))
+        self.clock.add("loss", start, self.watch.loss_done)
+        self.clock.add("model", self.watch.loss_done, self.clock.stamp())
 
     def _spread(self, parts: Sequence[Batch], whole: Batch) -> Outputs:
         """Gradients of all parts but the last; their outputs, detached."""
@@ -130,7 +134,9 @@ class Gradients:
             gradients = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
         sizes = [len(part.images) for part in parts]
         pieces = {
-            k: g.split(sizes) for k, g in zip(wanted, gradients, strict=True) if g is not None
+            k: torch.split(g, sizes)
+            for k, g in zip(wanted, gradients, strict=True)
+            if g is not None
         }
         for i, part in enumerate(parts[:-1]):
             restore_generators(states[i])

@@ -63,12 +63,11 @@ class Trainer:
         self.parallel, self.steps_per_epoch, self.report = parallel, steps_per_epoch, report
         self.checkpoints = Checkpoints(folder, settings.keep_checkpoints)
         self.clock, self.collectives = Clock(parallel.device), CollectiveTime()
-        work = distribute(Work(towers, self.clock), parallel, settings.sharding)
+        own = Work(towers, self.clock)
+        work = distribute(own, parallel, settings.sharding)
         enabled = settings.precision == "amp_fp16"
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=enabled)
-        self.gradients = Gradients(
-            work, self.clock, parallel.device, settings.precision, self.scaler
-        )
+        self.gradients = Gradients(own, work, parallel.device, settings.precision, self.scaler)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(towers, settings.weight_decay), betas=settings.betas, fused=True
         )
