@@ -107,7 +107,8 @@ def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.
     """Let processes share a module's gradients (DDP) or also its parameters (FSDP2).
 
     Parameters must be equal in every process already. FSDP2 shards in place: each block of a
-    Transformer is a unit, all else is another; scalars become tensors of one element.
+    Transformer is a unit, all else is another; scalars become tensors of one element, and no memory
+    layout but the contiguous one stays.
     """
     if parallel.world_size == 1:
         return module
@@ -116,8 +117,9 @@ def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.
         return DistributedDataParallel(module, device_ids=ids)
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.dim() == 0:
-                setattr(part, name, nn.Parameter(parameter.detach().reshape(1)))
+            if parameter.dim() == 0 or not parameter.is_contiguous():
+                plain = parameter.detach().contiguous()
+                setattr(part, name, nn.Parameter(torch.atleast_1d(plain)))
     mesh = init_device_mesh(parallel.device.type, (parallel.world_size,))
     for name, part in list(module.named_modules()):
         if name.endswith("resblocks"):

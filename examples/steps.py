@@ -125,7 +125,7 @@ class Gradients:
                 states.append(generator_states())
                 outputs.append(self.work("encode", part))
         leaves = joined(outputs)
-        leaves = {k: v.requires_grad_(k not in SCALARS) for k, v in leaves.items()}
+        leaves = {k: v.detach().requires_grad_(k not in SCALARS) for k, v in leaves.items()}
         wanted = [k for k in leaves if k not in SCALARS]
         with self._autocast():
             terms = self.work("objective", parts[-1], whole, leaves)

@@ -32,6 +32,8 @@ from examples.towers import Towers
 
 SHARES = ("loading", "model", "loss", "optimizer")
 """Of a step's time, as named by the clock."""
+PROFILE_EVERY = 20
+"""Entries of the history; in one step of so many, collectives are timed by torch's profiler."""
 ALONE = Parallel()
 
 
@@ -153,7 +155,7 @@ class Trainer:
             if ended:
                 return
             logged = (self.step + 1) % self.settings.log_steps == 0
-            with self.collectives.profiled(logged and self.parallel.world_size > 1):
+            with self.collectives.profiled(logged and self._is_profiled()):
                 terms = self.update(parts)
             self.progress.step += 1
             for part in parts:
@@ -166,6 +168,10 @@ class Trainer:
                 self.save()
         if self.parallel.agree(stop.signal_number is not None)[0]:
             self._stop(stop)
+
+    def _is_profiled(self) -> bool:
+        entries = len(self.history.get("loss", ()))
+        return self.parallel.world_size > 1 and entries % PROFILE_EVERY == 1
 
     def _epoch_is_over(self, epoch: int) -> bool:
         return self.loader.resample and self.step >= (epoch + 1) * self.steps_per_epoch
@@ -228,8 +234,8 @@ class Trainer:
         elapsed, spans = self.clock.read()
         steps = self.settings.log_steps
         step_seconds = elapsed / steps
-        costs = {f"share_{name}": spans.get(name, 0.0) / elapsed for name in SHARES}
-        costs["share_communication"] = self.collectives.seconds / step_seconds
+        costs = {f"{name}_share": spans.get(name, 0.0) / elapsed for name in SHARES}
+        costs["communication_share"] = self.collectives.seconds / step_seconds
         costs["images_per_second"] = self.settings.batch_size / step_seconds
         costs["peak_memory"] = float(peak_memory(self.parallel.device))
         return costs
