@@ -87,10 +87,15 @@ class Checkpoints:
         return None
 
 
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers on the processor, put together from all processes if sharded."""
+    return {name: _whole(value) for name, value in module.state_dict().items()}
+
+
 def training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, buffers and the optimizer's state, by name. Every process must take part if the
     parameters are sharded."""
-    tensors = {f"module.{name}": _whole(value) for name, value in module.state_dict().items()}
+    tensors = {f"module.{name}": value for name, value in whole_state(module).items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = _whole(value)

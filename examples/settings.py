@@ -69,5 +69,19 @@ class TrainSettings:
             )
         return self.batch_size // parts
 
-    def as_json(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when a run goes on; how it is computed may change."""
+        told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {name: value for name, value in told.items() if name not in FREE}
+
+
+FREE = frozenset(
+    {
+        "accumulate",
+        "sharding",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "log_steps",
+        "most_skipped",
+    }
+)

@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from examples.batches import Batch, Position
-from examples.checkpoint import Checkpoint, Checkpoints, restore_training, strip, training_tensors
+from examples.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    restore_training,
+    strip,
+    training_tensors,
+    whole_state,
+)
 from examples.clock import Clock, CollectiveTime, peak_memory
 from examples.files import UserError
 from examples.generators import generator_states, restore_generators
@@ -240,6 +247,10 @@ class Trainer:
         costs["peak_memory"] = float(peak_memory(self.parallel.device))
         return costs
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """Weights and buffers of the towers, on the processor. Every process must take part."""
+        return whole_state(self.towers)
+
     def save(self) -> None:
         """Write the checkpoint: all that new processes need to go on exactly."""
         tensors = training_tensors(self.towers, self.optimizer)
@@ -254,12 +265,12 @@ class Trainer:
             "positions": [asdict(each) for each in positions],
             "skipped": [self.health.in_a_row, self.health.total],
             "scaler": self.scaler.state_dict(),
-            "settings": self.settings.as_json(),
+            "settings": self.settings.identity(),
         }
         self.checkpoints.save(self.step, tensors, state)
 
     def _restore(self, found: Checkpoint) -> None:
-        state, wanted = found.state, self.settings.as_json()
+        state, wanted = found.state, self.settings.identity()
         if state["settings"] != wanted:
             changed = ", ".join(k for k in wanted if state["settings"].get(k) != wanted[k])
             raise UserError(
