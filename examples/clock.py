@@ -30,7 +30,7 @@ class Clock:
     def stamp(self) -> Stamp:
         if not self.on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -67,7 +67,7 @@ def _seconds(start: Stamp, end: Stamp) -> float:
         return end - start
     if isinstance(start, float) or isinstance(end, float):
         raise TypeError("a span begins and ends on the same device")
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def peak_memory(device: torch.device) -> int:

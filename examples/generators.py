@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 def generator_states() -> dict[str, Tensor]:
     """Of Python, numpy and torch; the same shapes in every process."""
     version, words, gauss = random.getstate()
-    _, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, place, has_gauss, cached = numpy
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),

@@ -119,7 +119,7 @@ def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.dim() == 0 or not parameter.is_contiguous():
                 plain = parameter.detach().contiguous()
-                setattr(part, name, nn.Parameter(torch.atleast_1d(plain)))
+                setattr(part, name, nn.Parameter(plain.reshape(plain.shape or (1,))))
     mesh = init_device_mesh(parallel.device.type, (parallel.world_size,))
     for name, part in list(module.named_modules()):
         if name.endswith("resblocks"):

@@ -15,7 +15,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         for batch in batches:
             yield batch.to(device)
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copied() -> Batch | None:
         batch = next(batches, None)

@@ -43,7 +43,7 @@ class RunLog:
         self.folder, self.total_steps = folder, total_steps
         self.writer = self.wandb = None
         if tensorboard:
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb:
             try:
                 module = importlib.import_module("wandb")
@@ -70,14 +70,14 @@ class RunLog:
     def _curves(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-            self.writer.flush()  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()  # type: ignore[no-untyped-call]
+            self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
 

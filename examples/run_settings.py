@@ -16,6 +16,19 @@ from examples.settings import TrainSettings
 Model = Literal["ViT-B-32", "ViT-B-16", "RN50", "tiny"]
 
 
+CC3M = TrainSettings(
+    epochs=30,
+    batch_size=4096,
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    warmup_steps=2000,
+    precision="amp_bf16",
+    checkpoint_steps=250,
+    log_steps=20,
+)
+"""Batch and schedule for 8 GPUs with 512 pairs each."""
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured after every epoch.
@@ -79,7 +92,7 @@ class RunSettings:
     wandb: bool = False
     demo: bool = False
     scenes: int = 3200
-    train: TrainSettings = field(default_factory=lambda: CC3M)
+    train: TrainSettings = CC3M
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def as_json(self) -> dict[str, Any]:
@@ -92,17 +105,6 @@ class RunSettings:
         return {name: told[name] for name in names} | {"train": self.train.identity()}
 
 
-CC3M = TrainSettings(
-    epochs=30,
-    batch_size=4096,
-    learning_rate=1e-3,
-    weight_decay=0.1,
-    warmup_steps=2000,
-    precision="amp_bf16",
-    checkpoint_steps=250,
-    log_steps=20,
-)
-"""Batch and schedule for 8 GPUs with 512 pairs each."""
 DEMO: dict[str, Any] = {
     "model": "tiny",
     "out": Path("runs/cc3m-demo"),

@@ -21,10 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `examples`, from any folder
 # Threads that wait should sleep, not spin: else another program on the same cores halves our speed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which times collectives, talks
 
 import torch
 import yaml
@@ -171,7 +173,8 @@ class Run:
         settings, parallel = self.settings, self.parallel
         towers = self.build()
         if settings.grad_checkpointing:
-            towers.model.set_grad_checkpointing(True)
+            checkpoint_blocks: Any = towers.model.set_grad_checkpointing
+            checkpoint_blocks(True)
         if settings.compile is not None:
             towers.model.compile(backend=settings.compile)
         torch.manual_seed(settings.train.seed + parallel.rank)  # dropout differs

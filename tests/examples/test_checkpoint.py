@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import random
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import checkpoint
 from examples.checkpoint import (
     Checkpoints,
     load_tensors,
@@ -100,7 +100,7 @@ def test_the_file_is_on_disk_before_it_has_its_name(
 ) -> None:
     events: list[str] = []
     for name in ("fsync", "replace"):
-        plain = getattr(checkpoint.write_atomically.__globals__["os"], name)
+        plain = getattr(os, name)
 
         def noted(*args: object, plain: object = plain, name: str = name) -> object:
             events.append(name)

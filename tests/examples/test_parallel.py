@@ -123,7 +123,7 @@ def test_parts_see_the_same_noise_twice() -> None:
         seen.append(dropped.detach())
         return dropped
 
-    module.model.visual.register_forward_hook(note)
+    module.model.get_submodule("visual").register_forward_hook(note)
     torch.manual_seed(3)
     gradients(module, pieces(batch(), 2))
     first, second, first_again, second_again = seen
@@ -289,7 +289,7 @@ def test_another_number_of_processes_goes_on(
     two: ProcessGroup, tmp_path: Path, sharding: str
 ) -> None:
     """With the same weights and step, and none of the shards that were begun."""
-    settings = {"sharding": sharding}
+    settings: dict[str, Any] = {"sharding": sharding}
     two.run(train, str(tmp_path), settings, 2)
     found = Checkpoints(tmp_path).latest()
     assert found is not None
