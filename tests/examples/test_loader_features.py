@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from examples import extract_dinov3
+from examples.batches import Batch, Position
 from examples.features import FeatureFolder, FeatureReader
 from examples.files import UserError, write_json
-from examples.batches import Batch, Position
 from examples.loader import ShardLoader
 from rankloss.fusion import TeacherFeatures
 
