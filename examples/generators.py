@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """Python's, numpy's and torch's."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def generator_states() -> dict[str, Tensor]:
     """Of Python, numpy and torch; the same shapes in every process."""
     version, words, gauss = random.getstate()

@@ -25,9 +25,6 @@ class RunLog:
         settings: of the run, for wandb.
         tensorboard, wandb: whether to write there.
         step: where the run goes on; what a lost part of it wrote after that is hidden.
-
-    Raises:
-        UserError: wandb is wanted but missing.
     """
 
     def __init__(
@@ -45,13 +42,7 @@ class RunLog:
         if tensorboard:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb:
-            try:
-                module = importlib.import_module("wandb")
-            except ImportError as error:
-                raise UserError(
-                    "--wandb needs wandb, which is not installed: pip install wandb"
-                ) from error
-            self.wandb = module.init(project="rankloss", dir=str(folder), config=settings)
+            self.wandb = import_wandb().init(project="rankloss", dir=str(folder), config=settings)
 
     def values(self, step: int, values: dict[str, float], faults: dict[str, int]) -> None:
         """An entry of the history, and what was wrong with samples so far."""
@@ -80,6 +71,19 @@ class RunLog:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def import_wandb() -> Any:
+    """The module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        message = "--wandb needs wandb, which is not installed: pip install wandb"
+        raise UserError(message) from error
 
 
 def line(step: int, total: int, values: dict[str, float], faults: dict[str, int]) -> str:

@@ -102,6 +102,7 @@ class RunSettings:
         """What must stay the same when a run goes on; how it is computed may change."""
         names = ("recipe", "model", "data", "samples", "resample", "shuffle", "demo", "scenes")
         told = self.as_json()
+        told["data"] = "" if self.demo else told["data"]  # made beside the run
         return {name: told[name] for name in names} | {"train": self.train.identity()}
 
 

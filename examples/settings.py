@@ -51,15 +51,15 @@ class TrainSettings:
         counts = (self.epochs, self.batch_size, self.accumulate, self.checkpoint_steps)
         if min(*counts, self.log_steps, self.keep_checkpoints) < 1:
             raise ValueError(f"epochs, batch_size and steps must be at least 1: {self}")
-        if self.precision == "amp_fp16" and self.sharding == "fsdp2":
-            raise UserError("float16 needs a loss scale that fsdp2 does not have; use amp_bf16")
 
     def part_size(self, world_size: int) -> int:
         """Pairs that a process encodes at a time.
 
         Raises:
-            UserError: the batch cannot be divided so.
+            UserError: the batch cannot be divided so, or two settings exclude each other.
         """
+        if self.precision == "amp_fp16" and self.sharding == "fsdp2":
+            raise UserError("amp_fp16 scales the loss, which fsdp2 does not support; use amp_bf16")
         parts = world_size * self.accumulate
         if self.batch_size % parts or self.batch_size < 2 * parts:
             raise UserError(

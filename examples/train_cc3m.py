@@ -36,6 +36,7 @@ from examples.evaluate import Judge
 from examples.export import export
 from examples.features import FeatureReader
 from examples.files import UserError, claim_directory, write_text
+from examples.generators import seed_generators
 from examples.loader import ShardLoader
 from examples.models import (
     build_clip,
@@ -45,7 +46,7 @@ from examples.models import (
     student_options,
 )
 from examples.parallel import Parallel, running
-from examples.run_log import RunLog, save_curves
+from examples.run_log import RunLog, import_wandb, save_curves
 from examples.run_settings import RunSettings, parse
 from examples.shards import count_samples, expand_shards
 from examples.signals import Interrupted, StopRequest
@@ -81,6 +82,8 @@ class Run:
         self.started = time.perf_counter()
         self.settings = settings = prepare_demo(settings, parallel)
         self.config = model_config(settings.model)
+        if settings.wandb:
+            import_wandb()
         part = settings.train.part_size(parallel.world_size)
         self.features = self._features()
         self.loader = self._loader(part)
@@ -104,10 +107,13 @@ class Run:
 
     def _loader(self, part: int) -> ShardLoader:
         settings, parallel = self.settings, self.parallel
+        example = "--data 'folder/{00000..00331}.tar'"
+        if not settings.data:
+            raise UserError(f"no image-text shards to train on; pass {example}, or --demo")
         try:
             shards = expand_shards(settings.data)
         except ValueError as error:
-            raise UserError(f"{error}; pass --data 'folder/{{00000..00331}}.tar'") from error
+            raise UserError(f"{error}; pass {example}") from error
         try:
             return ShardLoader(
                 shards,
@@ -177,7 +183,7 @@ class Run:
             checkpoint_blocks(True)
         if settings.compile is not None:
             towers.model.compile(backend=settings.compile)
-        torch.manual_seed(settings.train.seed + parallel.rank)  # dropout differs
+        seed_generators(settings.train.seed + parallel.rank)  # dropout differs
         trainer = Trainer(
             towers,
             self.loader,

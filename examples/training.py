@@ -25,7 +25,7 @@ from examples.checkpoint import (
 )
 from examples.clock import Clock, CollectiveTime, peak_memory
 from examples.files import UserError
-from examples.generators import generator_states, restore_generators
+from examples.generators import generator_states, restore_generators, seed_generators
 from examples.health import Health
 from examples.loader import ShardLoader
 from examples.optimization import clamp_scale, clip_gradients, learning_rate, parameter_groups
@@ -287,7 +287,7 @@ class Trainer:
         if same:
             restore_generators(strip(found.tensors, f"generators.{self.parallel.rank}."))
         else:
-            torch.manual_seed(self.settings.seed + 1000 * self.step + self.parallel.rank)
+            seed_generators(self.settings.seed + 1000 * self.step + self.parallel.rank)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def gradients_of_a_share(recipe: str, sharding: str, parts: int) -> dict[str, Te
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["siglip", "highorder_r3"])
 def test_processes_have_the_gradient_of_one(
     two: ProcessGroup, recipe: str, sharding: str, parts: int
 ) -> None:
