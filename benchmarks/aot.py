@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.aot_binary import SHARED_LIMITS, Resources, compile_and_read
+from rankloss.kernels.choice import OLDEST_TRITON
 
-OLDEST, NEWEST = (3, 2), (3, 9)  # versions of Triton this was run with, both included
+NEWEST = (3, 9)  # version of Triton this was run with
 COLUMNS = ("registers", "spills", "shared", "matrix", "atomics", "narrow")
 
 
@@ -66,9 +67,10 @@ def why_not_supported() -> str | None:
     except ImportError:
         return "triton is not installed"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if OLDEST <= version <= NEWEST:
+    if OLDEST_TRITON <= version <= NEWEST:
         return None
-    return f"triton {triton.__version__} is outside 3.2 to 3.9, the versions this was run with"
+    first, last = (".".join(map(str, x)) for x in (OLDEST_TRITON, NEWEST))
+    return f"triton {triton.__version__} is outside {first} to {last}, the supported versions"
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ PTX. For AMD all of it stands in the assembly.
 """
 
 import functools
-import inspect
 import os
 import re
 import subprocess
@@ -73,17 +72,10 @@ def compile_for(source: Source, architecture: str) -> Any:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     names = source.kernel.arg_names
     pointers = [i for i, name in enumerate(names) if source.types.get(name, "")[:1] == "*"]
-    if "constexprs" in inspect.signature(ASTSource).parameters:
-        signature = {name: source.types.get(name, "constexpr") for name in names}
-        constants = {(names.index(name),): value for name, value in source.constants.items()}
-        attributes: Any = {(i,): [["tt.divisibility", 16]] for i in pointers}
-        code = ASTSource(source.kernel, signature, constants, attributes)
-    else:  # Triton 3.2
-        from triton.backends.compiler import AttrsDescriptor
-
-        attributes = AttrsDescriptor.from_hints(dict.fromkeys(pointers, 16))
-        types = {name: source.types[name] for name in names if name in source.types}
-        code = ASTSource(source.kernel, types, dict(source.constants), attributes)
+    signature = {name: source.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in source.constants.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    code = ASTSource(source.kernel, signature, constants, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, of its own making
         return triton.compile(code, target=target, options=dict(source.options))

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +33,23 @@ from torch import Tensor
 import rankloss
 from examples.batches import Position
 from examples.checkpoint import load_tensors, save_tensors
-from examples.demo_teacher import TeacherSettings, describe, extract_features
+from examples.demo_settings import FAST, RECIPES, DemoSettings
+from examples.demo_teacher import describe, extract_features
 from examples.features import FeatureReader
 from examples.figures import EXAMPLES, ModelFigures, save_figure
 from examples.files import UserError, claim_directory
 from examples.heldout import HeldOut, encode_heldout, read_heldout
 from examples.loader import ShardLoader
-from examples.models import (
-    SMALL_CLIP,
-    SMALL_STUDENT,
-    TINY_CLIP,
-    TINY_STUDENT,
-    build_clip,
-    build_tokenizer,
-    build_transform,
-)
+from examples.models import build_clip, build_tokenizer, build_transform
 from examples.recipe import load_recipe
 from examples.report import report_text, results_json, write_report
 from examples.results import Outcomes, measure, metrics
-from examples.scene_shards import SceneSettings, prepare_scenes, read_pictures
-from examples.settings import TrainSettings
+from examples.scene_shards import prepare_scenes, read_pictures
 from examples.shards import count_samples
 from examples.signals import Interrupted, StopRequest
 from examples.timing import StepTime, time_steps
 from examples.towers import build_towers
 from examples.training import Trainer
-
-RECIPES = ("clip", "rankclip", "highorder_r3", "dinorankclip")
-"""Rows of the comparison: files in examples/recipes."""
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """All that determines the results, but the recipe and the seed."""
-
-    scenes: SceneSettings = field(default_factory=SceneSettings)
-    training: TrainSettings = field(default_factory=TrainSettings)
-    model: dict[str, Any] = field(default_factory=lambda: SMALL_CLIP)
-    student: dict[str, Any] = field(default_factory=lambda: SMALL_STUDENT)
-    teacher: TeacherSettings = field(default_factory=TeacherSettings)
-    timing_rounds: int = 10
-
-
-FAST = DemoSettings(
-    SceneSettings(image_size=32, train=96, heldout=32, probe=16, per_shard=48),
-    TrainSettings(epochs=2, batch_size=16, warmup_steps=2, checkpoint_steps=3),
-    TINY_CLIP,
-    TINY_STUDENT,
-    TeacherSettings(options={"depth": 1, "embed_dim": 24, "num_heads": 2}, dim=8),
-    timing_rounds=2,
-)
 
 
 @dataclass(frozen=True)
@@ -201,8 +168,8 @@ def _run(settings: DemoSettings, options: argparse.Namespace, stop: StopRequest)
             load_recipe(name).label: [train_one(demo, name, s, stop) for s in range(options.seeds)]
             for name in RECIPES
         }
-    times = measure_times(demo)
-    _report(demo, runs, times)
+    times, parameters = measure_costs(demo)
+    _report(demo, runs, times, parameters)
     print(f"{options.out}: results.json, results.md, report.png")
     print(f"{time.perf_counter() - started:.0f} s in all")
 
@@ -229,8 +196,8 @@ def train_one(demo: Demo, name: str, seed: int, stop: StopRequest) -> Run:
     return Run(features, trainer.history)
 
 
-def measure_times(demo: Demo) -> dict[str, StepTime]:
-    """Cost of a step of each loss: fresh models take turns on one batch."""
+def measure_costs(demo: Demo) -> tuple[dict[str, StepTime], dict[str, int]]:
+    """Cost of a step of each recipe (fresh models take turns on one batch), and its parameters."""
     batch = next(demo.loader(features=True).epoch(Position()))
     trainers = {
         load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoints")
@@ -243,31 +210,40 @@ def measure_times(demo: Demo) -> dict[str, StepTime]:
         return lambda: trainer.update([batch])
 
     steps = {label: step(trainer) for label, trainer in trainers.items()}
-    return time_steps(steps, demo.settings.timing_rounds)
+    parameters = {
+        label: sum(p.numel() for p in trainer.towers.parameters())
+        for label, trainer in trainers.items()
+    }
+    return time_steps(steps, demo.settings.timing_rounds), parameters
 
 
-def _report(demo: Demo, runs: dict[str, list[Run]], times: dict[str, StepTime]) -> None:
+def _report(
+    demo: Demo,
+    runs: dict[str, list[Run]],
+    times: dict[str, StepTime],
+    parameters: dict[str, int],
+) -> None:
     rows = metrics(len(demo.heldout.scenes), len(demo.probe.scenes))
     outcomes: dict[str, list[Outcomes]] = {
         label: [measure(run.features, demo.heldout.scenes, demo.probe.scenes) for run in seeds]
         for label, seeds in runs.items()
     }
-    training = {
-        label: [{name: run.history[name] for name in run.history} for run in seeds]
-        for label, seeds in runs.items()
-    }
+    training = {label: [run.history for run in seeds] for label, seeds in runs.items()}
     settings = demo.settings.training
     minutes = sum(sum(run.history["seconds"]) for seeds in runs.values() for run in seeds) / 60
     notes = [
         f"{len(demo.heldout.scenes)} held-out scenes, {demo.settings.scenes.train} for training, "
         f"{settings.epochs} epochs of batches of {settings.batch_size}, "
         f"{torch.get_num_threads()} threads; {minutes:.1f} minutes of optimizer steps in all.",
+        "Trained parameters, millions: "
+        + "; ".join(f"{label} {count / 1e6:.2f}" for label, count in parameters.items())
+        + ".",
         describe(demo.features.manifest),
     ]
     text = report_text(rows, outcomes, times, notes)
     recipes = {recipe.label: asdict(recipe) for recipe in map(load_recipe, RECIPES)}
     described = {**asdict(demo.settings), "recipes": recipes, "features": demo.features.manifest}
-    data = results_json(rows, outcomes, times, described, training)
+    data = results_json(rows, outcomes, times, described, training) | {"parameters": parameters}
     write_report(demo.out, text, data)
     models = [
         ModelFigures(label, seeds[0].history, outcomes[label], seeds[0].features)

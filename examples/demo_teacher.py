@@ -63,7 +63,7 @@ def describe(manifest: dict[str, Any]) -> str:
     if not manifest["random_weights"]:
         return f"{text}, with its trained weights."
     return (
-        f"{text}, with RANDOM weights: its features carry no semantics, so distillation and "
-        "injection show here that they work and what they cost, not what a trained DINOv3 would "
-        "add. `--teacher NAME` takes one whose weights are at hand."
+        f"{text}, with RANDOM weights: its features carry no semantics. What its row gains comes "
+        "from the student itself, a second small network in each tower, not from what a trained "
+        "DINOv3 knows. `--teacher NAME` takes one whose weights are at hand."
     )

@@ -1,6 +1,5 @@
 """Which implementation an op uses, decided by the tensor's own device."""
 
-import importlib.util
 import os
 
 import torch
@@ -8,6 +7,8 @@ import torch
 IMPLEMENTATIONS = ("triton", "triton-dense", "blocked", "reference")
 """triton: fused kernels; triton-dense: the same, skipping no tiles; blocked: streaming PyTorch;
 reference: plain PyTorch, materialised, differentiable twice."""
+
+OLDEST_TRITON = (3, 3)  # 3.2 ends the process with a failed assertion when it compiles for sm_90
 
 
 def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -39,8 +40,9 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    unusable = _unusable_triton()
+    if unusable is not None:
+        return unusable
     if dtype == torch.float64:
         return "its kernels compute in float32; use 'blocked' or 'reference' for float64"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,4 +56,16 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     too_old = device.type == "cuda" and torch.version.hip is None
     if too_old and torch.cuda.get_device_capability(device) < (8, 0):
         return "its matrix products need compute capability 8.0 or newer"
+    return None
+
+
+def _unusable_triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        wanted = ".".join(map(str, OLDEST_TRITON))
+        return f"its kernels need triton {wanted} or newer, this is {triton.__version__}"
     return None

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from examples.batches import Batch
 from examples.checkpoint import load_tensors
-from examples.demo import FAST, RECIPES, main
+from examples.demo import main
+from examples.demo_settings import FAST, RECIPES
 from examples.demo_teacher import TeacherSettings, describe, extract_features
 from examples.features import FeatureFolder
 from examples.files import UserError
@@ -92,6 +93,8 @@ def test_the_report_is_whole(folders: tuple[Path, Path]) -> None:
     assert "third order + distillation + injection vs CLIP: " in text
     assert "with RANDOM weights: its features carry no semantics" in text
     assert results["settings"]["features"]["random_weights"] is True
+    counts = [results["parameters"][label] for label in LABELS]
+    assert counts[0] == counts[1] < counts[2] < counts[3]
     assert set(results["settings"]["recipes"]) == set(LABELS)
     last = results["models"][LABELS[-1]]["training"][0]
     for term in ("gram_loss", "distance_loss", "angle_loss", "gate_loss"):

@@ -1,11 +1,11 @@
 """The Triton implementation inside PyTorch and inside the losses, and where it refuses to run."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -411,12 +411,18 @@ def test_other_devices_are_refused() -> None:
     assert why_not("blocked", torch.device("mps")) is None
 
 
-def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
-    )
-    assert why_not("triton", GPU) == "triton is not installed"
+@pytest.mark.parametrize(
+    ("triton", "reason"),
+    [
+        (None, "triton is not installed"),
+        (SimpleNamespace(__version__="3.2.0"), "triton 3.3 or newer"),
+    ],
+)
+def test_missing_and_old_triton(
+    triton: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    assert reason in str(why_not("triton", GPU))
     assert choose("auto", GPU) == "blocked"
     assert why_not("reference", GPU) is None
 
