@@ -194,14 +194,12 @@ def backward(
 def collect_blocks(r: int) -> dict[str, int]:
     """Tile of the collecting kernel: BN anchors, BA candidates, BR components; 4096 numbers.
 
-    With the same BN at every r, it spilled registers at r = 128.
+    With the same BN and BA at every r, it spilled registers at r = 128.
     """
-    candidates, components = 16, triton.next_power_of_2(r)
-    return {
-        "BR": components,
-        "BN": max(1, min(32, 4096 // (candidates * components))),
-        "BA": candidates,
-    }
+    components = triton.next_power_of_2(r)
+    candidates = 16 if components <= 64 else 8
+    anchors = max(1, min(32, 4096 // (candidates * components)))
+    return {"BR": components, "BN": anchors, "BA": candidates}
 
 
 SMALLEST_BUFFER = 12 << 20  # bytes; below it launches cost more than memory is worth
