@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 import rankloss
+from examples.batches import Position
 from examples.checkpoint import load_tensors, save_tensors
 from examples.demo_settings import FAST, RECIPES, DemoSettings
 from examples.demo_teacher import describe, extract_features
@@ -38,16 +39,17 @@ from examples.features import FeatureReader
 from examples.figures import EXAMPLES, ModelFigures, save_figure
 from examples.files import UserError, claim_directory
 from examples.heldout import HeldOut, encode_heldout, read_heldout
-from examples.loader import Position, ShardLoader
+from examples.loader import ShardLoader
 from examples.models import build_clip, build_tokenizer, build_transform
 from examples.recipe import load_recipe
 from examples.report import report_text, results_json, write_report
 from examples.results import Outcomes, measure, metrics
 from examples.scene_shards import prepare_scenes, read_pictures
 from examples.shards import count_samples
+from examples.signals import Interrupted, StopRequest
 from examples.timing import StepTime, time_steps
 from examples.towers import build_towers
-from examples.training import Interrupted, StopRequest, Trainer
+from examples.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Demo:
         shards = self.shards["train"]
         return _loader(self.settings, shards, seed, self.features if features else None, train=True)
 
-    def trainer(self, name: str, seed: int, checkpoint: Path) -> Trainer:
+    def trainer(self, name: str, seed: int, checkpoints: Path) -> Trainer:
         """The same initialisation and the same data order for every recipe."""
         recipe, settings = load_recipe(name), self.settings
         training = replace(settings.training, seed=seed)
@@ -90,7 +92,7 @@ class Demo:
         )
         steps = count_samples(self.shards["train"]) // training.batch_size
         loader = self.loader(seed, features=recipe.distillation is not None)
-        return Trainer(towers, loader, training, steps, checkpoint)
+        return Trainer(towers, loader, training, steps, checkpoints)
 
     def fingerprint(self, name: str, seed: int) -> dict[str, Any]:
         """What must not change between the start of a run and its continuation."""
@@ -182,7 +184,7 @@ def train_one(demo: Demo, name: str, seed: int, stop: StopRequest) -> Run:
         features, state = load_tensors(finished)
         print(f"{label}: finished before")
         return Run(features, state["history"])
-    trainer = demo.trainer(name, seed, directory / "checkpoint.safetensors")
+    trainer = demo.trainer(name, seed, directory / "checkpoints")
     if trainer.step:
         print(f"{label}: going on after step {trainer.step} of {trainer.total_steps}")
     trainer.fit(label, stop)
@@ -198,14 +200,14 @@ def measure_costs(demo: Demo) -> tuple[dict[str, StepTime], dict[str, int]]:
     """Cost of a step of each recipe (fresh models take turns on one batch), and its parameters."""
     batch = next(demo.loader(features=True).epoch(Position()))
     trainers = {
-        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoint")
+        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoints")
         for name in RECIPES
     }
     for trainer in trainers.values():
         trainer.towers.train()
 
     def step(trainer: Trainer) -> Callable[[], dict[str, Tensor]]:
-        return lambda: trainer.update(batch)
+        return lambda: trainer.update([batch])
 
     steps = {label: step(trainer) for label, trainer in trainers.items()}
     parameters = {

@@ -8,7 +8,7 @@ from typing import Any
 from examples.demo_teacher import TeacherSettings
 from examples.models import SMALL_CLIP, SMALL_STUDENT, TINY_CLIP, TINY_STUDENT
 from examples.scene_shards import SceneSettings
-from examples.training import TrainSettings
+from examples.settings import TrainSettings
 
 RECIPES = ("clip", "rankclip", "highorder_r3", "dinorankclip")
 """Rows of the comparison: files in examples/recipes."""

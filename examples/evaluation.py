@@ -9,6 +9,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+TIE = 1e-6
+"""Candidates that come this close to the match are as similar: sums of products are rounded."""
 CHUNK = 256
 """Samples encoded at a time."""
 
@@ -29,6 +31,40 @@ def match_ranks(similarity: Tensor) -> Tensor:
 def modality_gap(images: Tensor, texts: Tensor) -> float:
     """Distance between the centroids of (N, D) unit-norm features: from 0 to 2 (Liang et al.)."""
     return float((images.mean(0) - texts.mean(0)).norm())
+
+
+def alignment(images: Tensor, texts: Tensor) -> float:
+    """Mean squared distance of matches, (N, D) unit-norm each: 0 is best (Wang and Isola)."""
+    return float((images.double() - texts.double()).square().sum(1).mean())
+
+
+def uniformity(images: Tensor, texts: Tensor) -> float:
+    """log of the mean over pairs i > j of exp(-2 |v_i - t_j|^2): -8 at best, 0 if all coincide.
+
+    As in CyCLIP's code: images against texts, of which only one triangle counts.
+    """
+    total, n = 0.0, len(images)
+    for start in range(0, n, CHUNK):
+        rows = images[start : start + CHUNK].double()
+        kernel = torch.exp(4 * (rows @ texts.double().T) - 4)  # |v - t|^2 = 2 - 2 <v, t>
+        total += float(kernel.tril(start - 1).sum())
+    return math.log(total / (n * (n - 1) / 2)) if n > 1 and total else -math.inf
+
+
+def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
+    """R@1, R@5 and R@10 in both directions, by open_clip's names; features (N, D) unit-norm."""
+    measured: dict[str, float] = {}
+    for way, a, b in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        own = (a * b).sum(1)
+        ranks = torch.cat(
+            [
+                (a[i : i + CHUNK] @ b.T >= own[i : i + CHUNK, None] - TIE).sum(1)
+                for i in range(0, len(a), CHUNK)
+            ]
+        ).clamp(min=1)
+        for k in (1, 5, 10):
+            measured[f"{way}_R@{k}"] = float(recall_at(ranks, k).double().mean())
+    return measured
 
 
 def spearman(scores: Tensor, relevance: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from examples.extraction import PRECISIONS, Extractor, fit_pca, to_half
 from examples.features import FeatureFolder
 from examples.files import UserError, claim_directory, write_atomically, write_json
-from examples.shards import Failures, count_samples, expand_shards, read_shard
+from examples.shards import Failures, count_samples, expand_shards, read_shard, unusable
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
 
@@ -170,12 +170,12 @@ def _extract_shard(
         for keys, (patches, cls, _) in extractor.batches(read_shard(shard, failures), failures):
             projected = patches if pca is None else pca(patches)
             yield from zip(keys, to_half(projected), to_half(cls), strict=True)
-            broken = failures.take()
+            broken = unusable(failures.take())
             left_out += broken
             progress.advance(len(keys), broken)
 
     stats = folder.write(shard, rows(), made_by)
-    broken = failures.take()  # after the last readable image
+    broken = unusable(failures.take())  # after the last readable image
     progress.advance(0, broken)
     stats |= {"count": stats["successes"] + left_out + broken, "unreadable": left_out + broken}
     write_json(folder.stats(shard), stats)  # last: it says that the shard is whole

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.files import UserError
-from examples.shards import Failures, decode, read_shard
+from examples.shards import Failures, decode_image, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher, TeacherFeatures
 
@@ -88,7 +88,7 @@ class Extractor:
         """The image, or what its bytes made PIL raise. It may lack a caption."""
         key: str = sample["__key__"]
         try:
-            image, _ = decode({"txt": b"", **sample})
+            image = decode_image(sample)
             return key, self.transform(image)
         except Exception as error:
             return key, error

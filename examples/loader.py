@@ -13,8 +13,9 @@ import json
 import logging
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,60 +24,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from examples.batches import Batch, Position, ShardOrder
 from examples.features import FeatureReader, Features
-from examples.shards import Failures, count_samples, decode, expand_shards, read_shard
+from examples.files import UserError
+from examples.shards import (
+    Failures,
+    SampleError,
+    count_samples,
+    decode,
+    expand_shards,
+    read_shard,
+    unusable,
+)
 
 LOG = logging.getLogger(__name__)
 FREE_FAILURES = 20
 """Broken samples that are never reason enough to stop."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B samples, and where their stream stands after them."""
-
-    images: Tensor
-    """(B, 3, H, W) float32, normalised by the transform."""
-    texts: Tensor
-    """(B, L) int64 tokens."""
-    records: list[dict[str, Any]]
-    """The json of each sample if asked for, else empty."""
-    stream: int
-    consumed: int
-    """Samples the stream has given since the epoch began, broken ones included."""
-    broken: int
-    """Of these, how many could not be read since the stream's last batch."""
-    keys: list[str] = field(default_factory=list)
-    """Of the samples, in their shards."""
-    teacher: Features | None = None
-    """Patches (B, h w, dim) and cls (B, D) float16, if the loader has features."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on a device."""
-        teacher = self.teacher
-        if teacher is not None:
-            teacher = Features(*(x.to(device, non_blocking=True) for x in teacher))
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            texts=self.texts.to(device, non_blocking=True),
-            teacher=teacher,
-        )
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the data a run stands; JSON-able by `dataclasses.asdict`."""
-
-    epoch: int = 0
-    consumed: tuple[int, ...] = ()
-    """Of each stream; empty at the start of an epoch."""
-    next_stream: int = 0
-
-    def after(self, batch: Batch, streams: int) -> Position:
-        consumed = list(self.consumed or (0,) * streams)
-        consumed[batch.stream] = batch.consumed
-        return replace(self, consumed=tuple(consumed), next_stream=(batch.stream + 1) % streams)
 
 
 class ShardLoader:
@@ -98,6 +61,8 @@ class ShardLoader:
             unreadable. `transform` must then show what the teacher saw: the resized image's
             centre, as open_clip's transform for evaluation does. After a random crop the
             features would be those of other patches.
+        resample: draw shards with replacement, so that an epoch never ends; the caller decides how
+            long it is.
         keep: keep undecoded samples in memory after the first epoch, for small data; without
             workers only.
         max_broken: share of unreadable samples above which reading stops with an error.
@@ -122,6 +87,7 @@ class ShardLoader:
         world_size: int = 1,
         records: bool = False,
         features: FeatureReader | None = None,
+        resample: bool = False,
         keep: bool = False,
         max_broken: float = 0.01,
     ) -> None:
@@ -130,12 +96,13 @@ class ShardLoader:
         self.shuffle, self.seed, self.workers = shuffle, seed, workers
         self.rank, self.world_size = rank, world_size
         self.records, self.max_broken, self.features = records, max_broken, features
-        self.streams = max(workers, 1)
-        self.read = self.broken = 0
+        self.streams, self.resample = max(workers, 1), resample
+        self.order = ShardOrder(len(self.shards), seed, shuffle > 0)
+        self.read, self.faults = 0, Counter[str]()
         self.kept: dict[str, list[dict[str, Any]]] | None = {} if keep else None
         if keep and workers:
             raise ValueError("keep=True needs workers=0: workers do not outlive an epoch")
-        if len(self.shards) < world_size * self.streams:
+        if len(self.shards) < world_size * self.streams and not resample:
             raise ValueError(
                 f"{len(self.shards)} shards cannot feed {world_size} processes of {self.streams} "
                 "workers; use fewer workers"
@@ -143,58 +110,67 @@ class ShardLoader:
         if features is not None:
             features.check(self.shards)
 
+    @property
+    def broken(self) -> int:
+        """Samples left out so far."""
+        return unusable(self.faults)
+
     def epoch(self, position: Position | None = None) -> Iterator[Batch]:
-        """The rest of an epoch.
+        """The rest of an epoch; without end if shards are drawn with replacement.
 
         Raises:
-            RuntimeError: too many samples are broken.
+            UserError: too many samples are broken, or there are none.
         """
         position = position or Position()
-        dataset = _Epoch(self, position)
-        loader: Iterable[Batch] = DataLoader(
-            dataset,
+        loader: Iterable[Batch | _End] = DataLoader(
+            _Epoch(self, position),
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=False,
             worker_init_fn=_prepare_worker,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its base seed must not move the global generator
         )
-        consumed = list(position.consumed or (0,) * self.streams)
-        for batch in loader:
-            self.read += batch.consumed - consumed[batch.stream]
-            consumed[batch.stream] = batch.consumed
-            self._count_broken(batch.broken)
-            yield batch
-        self._check_complete(sum(consumed), position.epoch)
+        consumed, batches = list(position.consumed or (0,) * self.streams), 0
+        for item in loader:
+            self.read += item.consumed - consumed[item.stream]
+            consumed[item.stream] = item.consumed
+            self._count(item.faults)
+            if isinstance(item, Batch):
+                batches += 1
+                yield item
+        self._check_complete(position, sum(consumed), batches)
 
-    def own_shards(self, epoch: int) -> list[str]:
+    def own_shards(self, position: Position) -> list[str]:
         """This process's share of the shards, in the epoch's order."""
-        shards = list(self.shards)
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(shards)
-        return shards[self.rank :: self.world_size]
+        numbers = self.order.share(position, self.rank, self.world_size)
+        return [self.shards[number] for number in numbers]
 
-    def _check_complete(self, consumed: int, epoch: int) -> None:
-        """A tar cut inside a header ends like a whole one; only a count can tell."""
-        if not consumed:
-            raise RuntimeError(
-                f"no batch of {self.batch_size} came from {len(self.own_shards(epoch))} shards: "
-                "they hold fewer readable samples than one batch"
+    def _check_complete(self, position: Position, consumed: int, batches: int) -> None:
+        shards = self.own_shards(position)
+        if not batches and not position.consumed and not position.done:
+            raise UserError(
+                f"no batch of {self.batch_size} came from {len(shards)} shards: they hold fewer "
+                f"readable samples than one batch{self._told()}"
             )
         try:
-            promised = count_samples(self.own_shards(epoch))
+            promised = count_samples(shards)
         except ValueError:
             return  # no stats to compare with
-        if consumed + self.streams * self.batch_size <= promised:
+        if consumed < promised:
             LOG.warning("shards gave %d samples, their stats promise %d", consumed, promised)
 
-    def _count_broken(self, broken: int) -> None:
-        self.broken += broken
+    def _count(self, faults: dict[str, int]) -> None:
+        self.faults.update(faults)
         if self.broken > FREE_FAILURES + self.max_broken * self.read:
-            raise RuntimeError(
-                f"{self.broken} of {self.read} samples could not be read, above the share of "
-                f"{self.max_broken:g} allowed; check the shards, or raise max_broken"
+            raise UserError(
+                f"{self.broken} of {self.read} samples could not be used{self._told()}, above the "
+                f"share of {self.max_broken:g} allowed; check the shards, or raise max_broken"
             )
+
+    def _told(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.faults.most_common())
+        return f" ({kinds})" if kinds else ""
 
 
 class _Example(NamedTuple):
@@ -207,41 +183,62 @@ class _Example(NamedTuple):
     teacher: Features | None
 
 
-class _Epoch(IterableDataset[Batch]):
+@dataclass(frozen=True)
+class _End:
+    """What a stream says last: faults after its last batch."""
+
+    stream: int
+    consumed: int
+    faults: dict[str, int]
+
+
+@dataclass
+class _Reader:
+    """Of one stream: what it met so far."""
+
+    failures: Failures = field(default_factory=Failures)
+    opened: int = 0
+
+
+class _Epoch(IterableDataset["Batch | _End"]):
     """What one DataLoader worker iterates over."""
 
     def __init__(self, loader: ShardLoader, position: Position) -> None:
         self.loader, self.position = loader, position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | _End]:
         # DataLoader asks worker 0 first; a resumed epoch goes on with the stream that was next.
         info = get_worker_info()
         worker = 0 if info is None else info.id
         yield from self._stream((worker + self.position.next_stream) % self.loader.streams)
 
-    def _stream(self, stream: int) -> Iterator[Batch]:
-        loader = self.loader
+    def _stream(self, stream: int) -> Iterator[Batch | _End]:
+        loader, reader = self.loader, _Reader()
         skip = self.position.consumed[stream] if self.position.consumed else 0
-        failures = Failures()
         examples: list[_Example] = []
         consumed = 0
-        for consumed, sample in enumerate(self._samples(stream, failures), 1):
+        for consumed, sample in enumerate(self._samples(stream, reader), 1):
             if consumed <= skip:
-                failures.count = 0
+                reader.failures.take()
                 continue
-            with failures.counting():
-                examples.append(self._decode(sample))
+            with reader.failures.counting():
+                examples.append(self._decode(sample, reader.failures))
             if len(examples) == loader.batch_size:
-                yield self._batch(examples, stream, consumed, failures)
+                yield self._batch(examples, stream, consumed, reader)
                 examples = []
         if examples and not loader.shuffle:
-            yield self._batch(examples, stream, consumed, failures)
+            yield self._batch(examples, stream, consumed, reader)
+        yield _End(stream, consumed, reader.failures.take())
 
-    def _samples(self, stream: int, failures: Failures) -> Iterator[dict[str, Any]]:
+    def _samples(self, stream: int, reader: _Reader) -> Iterator[dict[str, Any]]:
         """Undecoded samples of this stream, in this epoch's order."""
         loader, epoch = self.loader, self.position.epoch
-        shards = loader.own_shards(epoch)[stream :: loader.streams]
-        samples = (sample for shard in shards for sample in self._shard(shard, failures))
+        numbers: Iterable[int] = loader.order.share(
+            self.position, loader.rank, loader.world_size, stream, loader.streams
+        )
+        if loader.resample:
+            numbers = loader.order.endless(epoch, loader.rank, stream)
+        samples = (sample for number in numbers for sample in self._shard(number, reader))
         if not loader.shuffle:
             return samples
         rng = random.Random(f"{loader.seed}/{epoch}/{loader.rank}/{stream}")
@@ -250,22 +247,23 @@ class _Epoch(IterableDataset[Batch]):
         )(samples)
         return shuffled
 
-    def _shard(self, shard: str, failures: Failures) -> Iterable[dict[str, Any]]:
+    def _shard(self, number: int, reader: _Reader) -> Iterable[dict[str, Any]]:
         """Undecoded samples of a tar file, in its order; from memory if they were kept."""
-        kept = self.loader.kept
+        shard, kept = self.loader.shards[number], self.loader.kept
+        reader.opened += 1
         if kept is not None and shard in kept:
             return kept[shard]
-        data = read_shard(shard, failures)
+        data = read_shard(shard, reader.failures)
         if kept is None:
             return data
         kept[shard] = list(data)
         return kept[shard]
 
-    def _decode(self, sample: dict[str, Any]) -> _Example:
+    def _decode(self, sample: dict[str, Any], failures: Failures) -> _Example:
         loader, key = self.loader, sample["__key__"]
-        image, text = decode(sample)
+        image, text = decode(sample, failures)
         record = json.loads(sample["json"]) if loader.records else {}
-        teacher = None if loader.features is None else loader.features.of(sample)
+        teacher = None if loader.features is None else _features(loader.features, sample)
         with _seeded(f"{loader.seed}/{self.position.epoch}/{key}"):
             return _Example(loader.transform(image), text, record, key, teacher)
 
@@ -274,7 +272,7 @@ class _Epoch(IterableDataset[Batch]):
         examples: list[_Example],
         stream: int,
         consumed: int,
-        failures: Failures,
+        reader: _Reader,
     ) -> Batch:
         teachers = [each.teacher for each in examples if each.teacher is not None]
         return Batch(
@@ -283,10 +281,18 @@ class _Epoch(IterableDataset[Batch]):
             [each.record for each in examples] if self.loader.records else [],
             stream,
             consumed,
-            failures.take(),
+            reader.failures.take(),
+            reader.opened,
             [each.key for each in examples],
             Features(*map(torch.stack, zip(*teachers, strict=True))) if teachers else None,
         )
+
+
+def _features(reader: FeatureReader, sample: dict[str, Any]) -> Features:
+    try:
+        return reader.of(sample)
+    except KeyError as error:
+        raise SampleError("no features", sample) from error
 
 
 @contextlib.contextmanager
@@ -305,6 +311,7 @@ def _seeded(name: str) -> Iterator[None]:
 
 
 def _prepare_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group, but the parent decides when workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals reach the whole process group, but the parent decides when workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.files import UserError
+
 CONTEXT_LENGTH = 32
 SMALL_CLIP: dict[str, Any] = {
     "embed_dim": 128,
@@ -42,6 +44,28 @@ TINY_STUDENT: dict[str, Any] = {
     "image_options": {"embed_dim": 24, "depth": 1, "num_heads": 2},
     "text_options": {"width": 16, "depth": 1, "heads": 1},
 }
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model by name, or of "tiny".
+
+    Raises:
+        UserError: there is no such model.
+    """
+    config = SMALL_CLIP if name == "tiny" else open_clip.get_model_config(name)
+    if config is None:
+        raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() names them")
+    return {k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")}
+
+
+def student_options(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `DualBranchStudent` beside a model: ViT-Tiny, or less beside "tiny"."""
+    if name == "tiny":
+        return SMALL_STUDENT
+    return {
+        "image_size": config["vision_cfg"]["image_size"],
+        "context_length": config["text_cfg"]["context_length"],
+    }
 
 
 def build_clip(config: dict[str, Any]) -> open_clip.CLIP:

@@ -6,15 +6,24 @@ import contextlib
 import io
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset as wds
 from PIL import Image
 
 LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SMALLEST_SIDE = 2
+"""Pixels; web pages count their readers with images of one."""
+MOST_PIXELS = 89_000_000
+"""Of an image; a little below the number at which Pillow warns of an attack on memory."""
+REPAIRED = frozenset({"colour mode"})
+"""Kinds of faults after which a sample can be used all the same."""
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
@@ -50,43 +59,168 @@ def count_samples(shards: Sequence[str]) -> int:
 def read_shard(shard: str, failures: Failures) -> Iterator[dict[str, Any]]:
     """Undecoded samples of a tar file, in its order: suffix -> bytes, and "__key__".
 
-    The stages of wds.WebDataset, which leaves files open until they are garbage.
+    The stages of wds.WebDataset, which leaves files open until they are garbage. Of samples with
+    the same key the first is given. A tar that was cut off gives the samples before the cut; each
+    that its stats promise and it lacks is counted.
     """
+    given, tar = 0, _TarFaults(failures)
     try:
         with wds.gopen(shard) as stream:
             sources = [{"url": shard, "stream": stream}]
-            files = wds.tariterators.tar_file_expander(sources, handler=failures.handle)
-            yield from wds.tariterators.group_by_keys(files, handler=failures.handle)
+            files = wds.tariterators.tar_file_expander(sources, handler=tar.handle)
+            for sample in wds.tariterators.group_by_keys(files, handler=tar.handle):
+                if tar.is_new(sample["__key__"]):
+                    given += 1
+                    yield sample
     except OSError as error:
-        failures.handle(error)
+        tar.handle(error)
+    if tar.cut or _lacks_end(shard):
+        failures.add("truncated tar", shard, max(1, _promised(shard) - given))
 
 
-def decode(sample: dict[str, Any]) -> tuple[Image.Image, str]:
+class _TarFaults:
+    """What webdataset reports while it reads one tar file."""
+
+    def __init__(self, failures: Failures) -> None:
+        self.failures, self.cut = failures, False
+        self._seen: set[str] = set()
+        self._repeated: set[str] = set()
+
+    def handle(self, error: Exception) -> bool:
+        text = str(error.args[0]) if error.args else ""
+        if ": duplicate file name" in text:  # one error a file; a sample has several
+            name = os.path.basename(text.partition(": duplicate")[0]).partition(".")[0]
+            if name not in self._repeated:
+                self._repeated.add(name)
+                self.failures.add("duplicate key", name)
+        else:
+            self.cut = True
+        return True
+
+    def is_new(self, key: str) -> bool:
+        if key in self._seen:
+            self.failures.add("duplicate key", key)
+            return False
+        self._seen.add(key)
+        return True
+
+
+def _lacks_end(shard: str) -> bool:
+    """Whether a local tar does not end in the two empty blocks that every whole one ends in."""
+    if not os.path.exists(shard) or os.path.getsize(shard) < 1024:
+        return os.path.exists(shard)
+    with open(shard, "rb") as file:
+        file.seek(-1024, os.SEEK_END)
+        return any(file.read())
+
+
+def _promised(shard: str) -> int:
+    """Samples that a shard should have, 0 if nothing says so."""
+    try:
+        return count_samples([shard])
+    except ValueError:
+        return 0
+
+
+def decode(sample: dict[str, Any], failures: Failures | None = None) -> tuple[Image.Image, str]:
     """RGB image and caption.
 
+    Args:
+        sample: of `read_shard`.
+        failures: counts what was repaired.
+
     Raises:
-        Exception: whatever its bytes provoke.
+        SampleError: the sample cannot be used.
+    """
+    return decode_image(sample, failures), decode_caption(sample)
+
+
+def decode_caption(sample: dict[str, Any]) -> str:
+    if "txt" not in sample:
+        raise SampleError("no caption", sample)
+    try:
+        text: str = sample["txt"].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError("broken caption", sample) from error
+    if not text.strip():
+        raise SampleError("empty caption", sample)
+    return text
+
+
+def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Image.Image:
+    """The image in RGB; what is transparent becomes white, 16 bits a channel become 8.
+
+    The size is looked at before anything is decoded.
+
+    Raises:
+        SampleError: there is none, or it cannot be used.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if suffix is None or "txt" not in sample:
-        raise ValueError(f"sample {sample['__key__']!r} lacks an image or a caption")
-    image = Image.open(io.BytesIO(sample[suffix])).convert("RGB")
-    return image, sample["txt"].decode("utf-8")
+    if suffix is None:
+        raise SampleError("no image", sample)
+    try:
+        image = Image.open(io.BytesIO(sample[suffix]))
+        kind = _wrong_size(*image.size)
+        if kind is None:
+            image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise SampleError("image too large", sample) from error
+    except Exception as error:  # whatever its bytes make a decoder raise
+        raise SampleError("broken image", sample) from error
+    if kind is not None:
+        raise SampleError(kind, sample)
+    if image.mode not in ("RGB", "L") and failures is not None:
+        failures.add("colour mode", sample["__key__"])
+    return _to_rgb(image)
+
+
+def _wrong_size(width: int, height: int) -> str | None:
+    if min(width, height) < SMALLEST_SIDE:
+        return "image too small"
+    return "image too large" if width * height > MOST_PIXELS else None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used, and the kind of fault."""
+
+    def __init__(self, kind: str, sample: dict[str, Any]) -> None:
+        super().__init__(f"sample {sample['__key__']!r}: {kind}")
+        self.kind, self.key = kind, str(sample["__key__"])
 
 
 class Failures:
-    """Counts what could not be read, in tar files and in samples; logs the first."""
+    """Counts what is wrong with tar files and samples, by kind; logs the first of each kind."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._logged = False
+        self.counts: Counter[str] = Counter()
+        self._logged: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Samples that could not be used."""
+        return unusable(self.counts)
+
+    def add(self, kind: str, where: str, count: int = 1) -> None:
+        self.counts[kind] += count
+        if kind not in self._logged:
+            LOG.warning("%s: %r (further ones are counted)", kind, where)
+        self._logged.add(kind)
 
     def handle(self, error: Exception) -> bool:
         """A webdataset handler: count, and go on."""
-        self.count += 1
-        if not self._logged:
-            LOG.warning("left out an unreadable sample (further ones are counted): %r", error)
-        self._logged = True
+        if isinstance(error, SampleError):
+            self.add(error.kind, error.key)
+        else:
+            self.add("unreadable sample", str(error))
         return True
 
     @contextlib.contextmanager
@@ -97,6 +231,12 @@ class Failures:
         except Exception as error:
             self.handle(error)
 
-    def take(self) -> int:
-        count, self.count = self.count, 0
-        return count
+    def take(self) -> dict[str, int]:
+        """The counts since the last call."""
+        taken, self.counts = dict(self.counts), Counter()
+        return taken
+
+
+def unusable(counts: dict[str, int]) -> int:
+    """How many of these faults cost a sample."""
+    return sum(count for kind, count in counts.items() if kind not in REPAIRED)

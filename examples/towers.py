@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.batches import Batch
 from examples.features import Features
 from examples.files import UserError
-from examples.loader import Batch
 from examples.recipe import DistillationSettings, Recipe
 from rankloss import GramLoss, RelationalAngleLoss, RelationalDistanceLoss
 from rankloss.fusion import DualBranchStudent, Injection

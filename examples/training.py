@@ -1,123 +1,61 @@
-"""The training loop: optimizer, schedule, progress bar, checkpoints, and stopping on a signal."""
+"""The training loop: optimizer, schedule, checkpoints, health, and stopping on a signal."""
 
 from __future__ import annotations
 
-import math
-import signal
+import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from examples.checkpoint import load_checkpoint, save_checkpoint
+from examples.batches import Batch, Position
+from examples.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    restore_training,
+    strip,
+    training_tensors,
+    whole_state,
+)
+from examples.clock import Clock, CollectiveTime, peak_memory
 from examples.files import UserError
-from examples.loader import Batch, Position, ShardLoader
+from examples.generators import generator_states, restore_generators, seed_generators
+from examples.health import Health
+from examples.loader import ShardLoader
+from examples.optimization import clamp_scale, clip_gradients, learning_rate, parameter_groups
+from examples.parallel import Parallel, distribute
+from examples.prefetch import on_device
+from examples.progress import Progress, positions_of_all, resumed_position, states_of_all
+from examples.settings import TrainSettings
+from examples.signals import Interrupted, StopRequest
+from examples.steps import Gradients, Work
 from examples.towers import Towers
 
-MAX_SCALE = math.log(100)
-MAX_SKIPPED = 10
-"""Steps in a row whose gradient is not finite before training gives up."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Args:
-        epochs, batch_size: batch_size is of this process, in pairs.
-        learning_rate: at its peak; reached after `warmup_steps`, then a cosine down to 0.
-        weight_decay: of matrices; see `parameter_groups` for what it spares.
-        clip_norm: largest gradient norm.
-        checkpoint_steps: steps between checkpoints.
-        log_steps: steps between entries of the history.
-        seed: of initialisation, order and augmentation.
-    """
-
-    epochs: int = 3
-    batch_size: int = 64
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    warmup_steps: int = 40
-    clip_norm: float = 1.0
-    checkpoint_steps: int = 100
-    log_steps: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.checkpoint_steps, self.log_steps) < 1:
-            raise ValueError(f"epochs, batch_size and steps must be at least 1: {self}")
-
-
-def parameter_groups(towers: Towers, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices only: not scale, biases, norms, nor what a part's `no_weight_decay` names."""
-    spared = towers.no_weight_decay()
-    named = [(name, p) for name, p in towers.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim < 2 or name in spared]
-    decayed = [p for name, p in named if not (p.ndim < 2 or name in spared)]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """At 0-based `step` of `total`: linear warm-up, then a cosine to 0."""
-    warmup = min(settings.warmup_steps, total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class Interrupted(Exception):
-    """Training stopped on request, after saving a checkpoint."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class StopRequest:
-    """Remembers that a signal asked to stop."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """The first SIGINT or SIGTERM sets the flag; the next one has its usual effect."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def remember(number: int, _: object) -> None:
-            self.signal_number = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        for number in before:
-            signal.signal(number, remember)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+SHARES = ("loading", "model", "loss", "optimizer")
+"""Of a step's time, as named by the clock."""
+PROFILE_EVERY = 20
+"""Entries of the history; in one step of so many, collectives are timed by torch's profiler."""
+ALONE = Parallel()
 
 
 class Trainer:
-    """One run: what it trains, and where it stands. Continues from its checkpoint if there is one.
+    """One run: what it trains, and where it stands. Continues from its newest checkpoint.
 
     Args:
-        towers: moved to its device already.
-        loader: training data.
+        towers: moved to its device already, and equal in every process.
+        loader: training data; its batches are `settings.part_size` large.
         settings: how to train.
-        steps_per_epoch: planned, for the schedule; an epoch ends when the data do.
-        checkpoint: where to save; its folder need not exist.
+        steps_per_epoch: planned, for the schedule. An epoch ends when some process's data do, or
+            after so many steps if its data never end.
+        folder: of the checkpoints; need not exist.
+        parallel: the processes that train together.
+        report: called with the step and the values of each entry of the history.
     """
 
     def __init__(
@@ -126,136 +64,231 @@ class Trainer:
         loader: ShardLoader,
         settings: TrainSettings,
         steps_per_epoch: int,
-        checkpoint: Path,
+        folder: Path,
+        parallel: Parallel = ALONE,
+        report: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.towers, self.loader, self.settings = towers, loader, settings
-        self.checkpoint, self.steps_per_epoch = checkpoint, steps_per_epoch
+        self.parallel, self.steps_per_epoch, self.report = parallel, steps_per_epoch, report
+        self.checkpoints = Checkpoints(folder, settings.keep_checkpoints)
+        self.clock, self.collectives = Clock(parallel.device), CollectiveTime()
+        own = Work(towers, self.clock)
+        work = distribute(own, parallel, settings.sharding)
+        enabled = settings.precision == "amp_fp16"
+        self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=enabled)
+        self.gradients = Gradients(own, work, parallel.device, settings.precision, self.scaler)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(towers, settings.weight_decay), betas=settings.betas, fused=True
         )
+        self.health = Health(towers, folder, parallel.rank, settings.most_skipped)
         self.total_steps = settings.epochs * steps_per_epoch
-        self.step, self.skipped, self.position = 0, 0, Position()
-        self.history: dict[str, list[float]] = {}
-        if checkpoint.exists():
-            self._restore()
+        self.progress = Progress()
+        found = self.checkpoints.latest()
+        if found is not None:
+            self._restore(found)
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        return self.progress.history
 
     @property
     def finished(self) -> bool:
-        return self.position.epoch >= self.settings.epochs
+        return self.progress.position.epoch >= self.settings.epochs
 
-    def fit(self, label: str, stop: StopRequest) -> None:
+    def fit(
+        self,
+        label: str,
+        stop: StopRequest,
+        after_epoch: Callable[[Trainer], bool] | None = None,
+    ) -> None:
         """Train to the end.
+
+        Args:
+            label: of the progress bar.
+            stop: asks to stop after the current step, in any process.
+            after_epoch: evaluates, and adds to `progress.evaluations`; False if it was asked to
+                stop before it was done. It comes again after a resume then.
 
         Raises:
             Interrupted: `stop` was requested; the checkpoint is of the step just done.
-            FloatingPointError: gradients stay infinite or NaN.
+            NotFinite: loss or gradients stay infinite or NaN.
+            UserError: the checkpoint cannot be written.
         """
         self.towers.train()
         # disable=None: no bar when the output is not a terminal, but a line an epoch (below)
-        bar = tqdm(total=self.total_steps, initial=self.step, desc=label, unit="step", disable=None)
+        disable = None if self.parallel.first else True
+        progress = self.progress
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, desc=label, unit="step", disable=disable
+        )
         with bar:
-            while not self.finished:
+            while True:
+                if after_epoch is not None and progress.evaluated < progress.position.epoch:
+                    self._evaluate(after_epoch, stop)
+                if self.finished:
+                    break
                 self._train_epoch(bar, stop)
-                self.position = Position(self.position.epoch + 1)
-                if bar.disable:
-                    print(f"{label}: {self._summary()}", flush=True)
+                progress.position = Position(progress.position.epoch + 1)
+                if bar.disable and self.parallel.first:
+                    entries = max(1, self.steps_per_epoch // self.settings.log_steps)
+                    summary = progress.summary(self.settings.epochs, entries)
+                    print(f"{label}: {summary}", flush=True)
+        self.save()
+
+    def _evaluate(self, after_epoch: Callable[[Trainer], bool], stop: StopRequest) -> None:
+        whole = after_epoch(self)
+        self.towers.train()
+        if self.parallel.agree(not whole)[0]:
+            self._stop(stop)
+        self.progress.evaluated = self.progress.position.epoch
+        self.clock.read()  # evaluation is no step's time
         self.save()
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
-        self.towers.set_progress(self.position.epoch / max(1, self.settings.epochs - 1))
-        for batch in self.loader.epoch(self.position):
-            terms = self.update(batch)
-            self.step += 1
-            self.position = self.position.after(batch, self.loader.streams)
-            if self.step % self.settings.log_steps == 0:
+        epoch = self.progress.position.epoch
+        self.towers.set_progress(epoch / max(1, self.settings.epochs - 1))
+        batches = on_device(self.loader.epoch(self.progress.position), self.parallel.device)
+        while not self._epoch_is_over(epoch):
+            with self.clock.waiting():
+                parts = list(itertools.islice(batches, self.settings.accumulate))
+            lacking = len(parts) < self.settings.accumulate
+            stopping, ended = self.parallel.agree(stop.signal_number is not None, lacking)
+            if stopping:
+                self._stop(stop)
+            if ended:
+                return
+            logged = (self.step + 1) % self.settings.log_steps == 0
+            with self.collectives.profiled(logged and self._is_profiled()):
+                terms = self.update(parts)
+            self.progress.step += 1
+            for part in parts:
+                self.progress.position = self.progress.position.after(part, self.loader.streams)
+            if logged:
                 self._log(terms)
                 bar.set_postfix(loss=f"{self.history['loss'][-1]:.3f}", refresh=False)
             bar.update()
-            if stop.signal_number is not None:
+            if self.step % self.settings.checkpoint_steps == 0 and not self.health.in_a_row:
                 self.save()
-                done = f"step {self.step} of {self.total_steps}"
-                raise Interrupted(f"stopped after {done}", stop.signal_number)
-            if self.step % self.settings.checkpoint_steps == 0:
-                self.save()
+        if self.parallel.agree(stop.signal_number is not None)[0]:
+            self._stop(stop)
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of the optimizer; the loss's terms, detached, and what the step cost."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        device = next(self.towers.parameters()).device
-        rate = learning_rate(self.step, self.total_steps, self.settings)
+    def _is_profiled(self) -> bool:
+        entries = len(self.history.get("loss", ()))
+        return self.parallel.world_size > 1 and entries % PROFILE_EVERY == 1
+
+    def _epoch_is_over(self, epoch: int) -> bool:
+        return self.loader.resample and self.step >= (epoch + 1) * self.steps_per_epoch
+
+    def _stop(self, stop: StopRequest) -> None:
+        self.save()
+        done = f"step {self.step} of {self.total_steps}"
+        raise Interrupted(f"stopped after {done}", stop.signal_number or 0)
+
+    def update(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """One step of the optimizer; the loss's terms, detached, and what the step cost.
+
+        Args:
+            parts: `settings.accumulate` batches, on the device.
+        """
+        wall, cpu, settings = time.perf_counter(), time.process_time(), self.settings
+        rate = learning_rate(
+            self.step, self.total_steps, settings.learning_rate, settings.warmup_steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        terms = self.towers(batch.to(device))
-        torch.autograd.backward(torch.stack(list(terms.values())).sum())
-        self._apply_gradients()
+        self.health.before_step()
+        terms = self.gradients(parts)
+        with self.clock.span("optimizer"):
+            self._apply_gradients(parts, terms)
         costs = {
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
         }
-        detached = {name: value.detach() for name, value in terms.items()}
-        return detached | {name: torch.tensor(value) for name, value in costs.items()}
+        return terms | {name: torch.tensor(value) for name, value in costs.items()}
 
-    def _apply_gradients(self) -> None:
-        norm = nn.utils.clip_grad_norm_(self.towers.parameters(), self.settings.clip_norm)
-        if torch.isfinite(norm):
-            self.skipped = 0
-            self.optimizer.step()
-            self._clamp_scale()
-        else:
-            self.skipped += 1
+    def _apply_gradients(self, parts: list[Batch], terms: dict[str, Tensor]) -> None:
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.towers, self.settings.clip_norm)
+        finite = torch.isfinite(norm) & torch.isfinite(torch.stack(list(terms.values()))).all()
+        (bad,) = self.parallel.agree(not bool(finite))
+        if not bad:
+            self.scaler.step(self.optimizer)
+            clamp_scale(self.towers.model)
+            self.health.good()
+        self.scaler.update()
         self.optimizer.zero_grad()
-        if self.skipped > MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradient was not finite in {self.skipped} steps in a row; "
-                "lower the learning rate or the loss weights"
-            )
-
-    @torch.no_grad()
-    def _clamp_scale(self) -> None:
-        scale = getattr(self.towers.model, "logit_scale", None)
-        if isinstance(scale, Tensor):
-            scale.clamp_(0, MAX_SCALE)
+        if bad:
+            self.health.bad(self.step, parts, terms)
 
     def _log(self, terms: dict[str, Tensor]) -> None:
-        values = {name: float(value) for name, value in terms.items()}
+        values = self.parallel.mean({name: float(value) for name, value in terms.items()})
         values["loss"] = sum(v for name, v in values.items() if name.endswith("_loss"))
         scale = getattr(self.towers.model, "logit_scale", None)
         if isinstance(scale, Tensor):
-            values["scale"] = float(scale.detach().exp())
-        values["step"] = float(self.step)
-        for name, value in values.items():
-            self.history.setdefault(name, []).append(value)
+            values["scale"] = float(_whole(scale).detach().exp())
+        values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        values["step"], values["skipped"] = float(self.step), float(self.health.total)
+        values |= self._costs()
+        self.progress.note(values)
+        if self.report is not None and self.parallel.first:
+            self.report(self.step, values)
 
-    def _summary(self) -> str:
-        entries = max(1, self.steps_per_epoch // self.settings.log_steps)
-        loss, seconds = (self.history.get(name, [])[-entries:] for name in ("loss", "seconds"))
-        epoch = f"epoch {self.position.epoch}/{self.settings.epochs}"
-        if not loss:
-            return epoch
-        mean, rate = sum(loss) / len(loss), len(seconds) / sum(seconds)
-        return f"{epoch}, mean loss {mean:.3f}, {rate:.1f} steps/s"
+    def _costs(self) -> dict[str, float]:
+        elapsed, spans = self.clock.read()
+        steps = self.settings.log_steps
+        step_seconds = elapsed / steps
+        costs = {f"{name}_share": spans.get(name, 0.0) / elapsed for name in SHARES}
+        costs["communication_share"] = self.collectives.seconds / step_seconds
+        costs["images_per_second"] = self.settings.batch_size / step_seconds
+        costs["peak_memory"] = float(peak_memory(self.parallel.device))
+        return costs
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Weights and buffers of the towers, on the processor. Every process must take part."""
+        return whole_state(self.towers)
 
     def save(self) -> None:
-        """Write the checkpoint: all that a new process needs to go on exactly."""
+        """Write the checkpoint: all that new processes need to go on exactly."""
+        tensors = training_tensors(self.towers, self.optimizer)
+        for name, value in states_of_all(generator_states(), self.parallel).items():
+            tensors[f"generators.{name}"] = value
+        streams = self.loader.streams
+        positions = positions_of_all(self.progress.position, streams, self.parallel)
+        if not self.parallel.first:
+            return
         state = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "position": asdict(self.position),
-            "settings": asdict(self.settings),
-            "history": self.history,
+            "progress": self.progress.as_json(),
+            "positions": [asdict(each) for each in positions],
+            "skipped": [self.health.in_a_row, self.health.total],
+            "scaler": self.scaler.state_dict(),
+            "settings": self.settings.identity(),
         }
-        save_checkpoint(self.checkpoint, self.towers, self.optimizer, state)
+        self.checkpoints.save(self.step, tensors, state)
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.checkpoint, self.towers, self.optimizer)
-        wanted = {**asdict(self.settings), "betas": list(self.settings.betas)}
+    def _restore(self, found: Checkpoint) -> None:
+        state, wanted = found.state, self.settings.identity()
         if state["settings"] != wanted:
+            changed = ", ".join(k for k in wanted if state["settings"].get(k) != wanted[k])
             raise UserError(
-                f"{self.checkpoint} was made with other settings; remove it to start over"
+                f"{found.path} was made with other settings ({changed}); choose another folder for "
+                "this run, or remove it to start over"
             )
-        position = state["position"]
-        self.position = Position(
-            position["epoch"], tuple(position["consumed"]), position["next_stream"]
+        restore_training(self.towers, self.optimizer, found)
+        self.scaler.load_state_dict(state["scaler"])
+        self.health.in_a_row, self.health.total = state["skipped"]
+        position, same = resumed_position(
+            state["positions"], self.loader.streams, self.loader.order, self.parallel
         )
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.history = state["history"]
+        self.progress = Progress(**{**state["progress"], "position": position})
+        if same:
+            restore_generators(strip(found.tensors, f"generators.{self.parallel.rank}."))
+        else:
+            seed_generators(self.settings.seed + 1000 * self.step + self.parallel.rank)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.loader import Batch, Position, ShardLoader
+from examples.batches import Batch, Position
+from examples.files import UserError
+from examples.loader import ShardLoader
 from examples.shards import count_samples, expand_shards
 
 PER_SHARD, SHARDS = 8, 3
@@ -161,7 +163,15 @@ def test_too_many_streams_are_refused(shards: str) -> None:
         loader(shards, workers=1, keep=True)
 
 
-@pytest.mark.parametrize("fault", ["image", "cut", "no text", "bytes"])
+KINDS = {
+    "image": "broken image",
+    "cut": "broken image",
+    "no text": "no caption",
+    "bytes": "broken caption",
+}
+
+
+@pytest.mark.parametrize("fault", KINDS)
 def test_broken_samples_are_left_out_and_counted(
     tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,7 +180,8 @@ def test_broken_samples_are_left_out_and_counted(
     data = loader([str(path)], 2)
     assert numbers(list(data.epoch())) == [0, 1, 3, 4, 6, 7]
     assert (data.broken, data.read) == (2, 8)
-    assert "unreadable sample" in caplog.text
+    assert KINDS[fault] in caplog.text
+    assert data.faults == {KINDS[fault]: 2}
 
 
 def test_broken_samples_do_not_disturb_resuming(tmp_path: Path) -> None:
@@ -185,7 +196,7 @@ def test_too_many_broken_samples_stop_with_an_error(
     monkeypatch.setattr("examples.loader.FREE_FAILURES", 1)
     path = tmp_path / "00000.tar"
     write_shard(path, 0, lambda i: "image" if i in (2, 4, 5) else "")
-    with pytest.raises(RuntimeError, match=r"samples could not be read.*max_broken"):
+    with pytest.raises(UserError, match=r"3 of 7 samples .*\(3 broken image\).*max_broken"):
         list(loader([str(path)], 1).epoch())
     assert len(list(loader([str(path)], 1, max_broken=0.5).epoch())) == 5
 
@@ -193,7 +204,7 @@ def test_too_many_broken_samples_stop_with_an_error(
 def test_shards_without_a_whole_batch_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     write_shard(path, 0, lambda i: "image")
-    with pytest.raises(RuntimeError, match="fewer readable samples than one batch"):
+    with pytest.raises(UserError, match="fewer readable samples than one batch"):
         list(loader([str(path)]).epoch())
 
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.batches import Batch
 from examples.checkpoint import load_tensors
 from examples.demo import main
 from examples.demo_settings import FAST, RECIPES
 from examples.demo_teacher import TeacherSettings, describe, extract_features
 from examples.features import FeatureFolder
 from examples.files import UserError
-from examples.loader import Batch
 from examples.recipe import load_recipe
 from examples.scene_shards import prepare_scenes
 from examples.training import Trainer
@@ -71,6 +71,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return work / "whole", work / "killed"
 
 
+def newest(run: Path) -> dict[str, Any]:
+    """The state in a run's newest checkpoint."""
+    return load_tensors(sorted((run / "seed0/checkpoints").glob("*.safetensors"))[-1])[1]
+
+
 def test_the_report_is_whole(folders: tuple[Path, Path]) -> None:
     whole, _ = folders
     results = json.loads((whole / "results.json").read_text())
@@ -112,14 +117,14 @@ def test_killed_and_stopped_runs_resume_exactly(
 ) -> None:
     whole, parts = folders
     assert not (parts / "results.json").exists()
-    done = len(load_tensors(parts / "rankclip/seed0/checkpoint.safetensors")[1]["history"]["loss"])
+    done = len(newest(parts / "rankclip")["progress"]["history"]["loss"])
     assert done == 6, "the last multiple of 3 before step 19 - 12"
     update = Trainer.update
 
-    def stopped(self: Trainer, batch: Batch) -> dict[str, Tensor]:
-        if self.step == STOPPED_AT - 36 and "dinorankclip" in str(self.checkpoint):
+    def stopped(self: Trainer, parts: list[Batch]) -> dict[str, Tensor]:
+        if self.step == STOPPED_AT - 36 and "dinorankclip" in str(self.checkpoints.folder):
             os.kill(os.getpid(), signal.SIGINT)
-        return update(self, batch)
+        return update(self, parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", stopped)
@@ -131,7 +136,7 @@ def test_killed_and_stopped_runs_resume_exactly(
     assert main(["--fast", "--out", str(parts)]) == 0
     assert f"{LABELS[-1]}: going on after step 9 of 12" in capsys.readouterr().out
     for recipe in RECIPES:
-        name = f"{recipe}/seed0/checkpoint.safetensors"
+        name = f"{recipe}/seed0/checkpoints/step_00000012.safetensors"
         (one, _), (two, _) = load_tensors(whole / name), load_tensors(parts / name)
         assert one.keys() == two.keys()
         assert [key for key in one if not torch.equal(one[key], two[key])] == []

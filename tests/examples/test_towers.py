@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from examples.batches import Batch
 from examples.features import Features
 from examples.files import UserError
-from examples.loader import Batch
 from examples.recipe import DistillationSettings, Recipe, load_recipe, recipe_names
 from examples.towers import SCALARS, Towers, build_towers
 from rankloss import GramLoss, RelationalAngleLoss, RelationalDistanceLoss
@@ -67,7 +67,8 @@ def batch(seed: int = 0, teacher_grid: tuple[int, int] = GRID) -> Batch:
     texts[2, 4:] = torch.tensor([49, 0, 0, 0])
     patches = torch.randn(COUNT, teacher_grid[0] * teacher_grid[1], 5, generator=g)
     teacher = Features(patches.half(), torch.randn(COUNT, 7, generator=g).half())
-    return Batch(images, texts, [], 0, COUNT, 0, [str(i) for i in range(COUNT)], teacher)
+    keys = [str(i) for i in range(COUNT)]
+    return Batch(images, texts, [], 0, COUNT, keys=keys, teacher=teacher)
 
 
 def part(whole: Batch, rows: slice) -> Batch:

@@ -1,0 +1,318 @@
+"""What real shards contain: every kind of fault is counted by its name, and survived."""
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from examples.batches import Position, ShardOrder
+from examples.files import UserError
+from examples.loader import ShardLoader
+from examples.shards import MOST_PIXELS, Failures, SampleError, decode_image, read_shard, unusable
+
+FILES = list[tuple[str, bytes]]
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+GOOD = picture()
+
+
+def sample(key: str, image: bytes = GOOD, text: bytes = b"words", suffix: str = "jpg") -> FILES:
+    return [(f"{key}.{suffix}", image), (f"{key}.txt", text)]
+
+
+def write_tar(path: Path, files: FILES, promised: int | None = None) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    if promised is not None:
+        stats = path.with_name(path.name.replace(".tar", "_stats.json"))
+        stats.write_text(json.dumps({"successes": promised}))
+    return path
+
+
+def keys_and_faults(path: Path) -> tuple[list[str], dict[str, int]]:
+    failures = Failures()
+    return [x["__key__"] for x in read_shard(str(path), failures)], failures.take()
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def loader(path: Path, **options: object) -> ShardLoader:
+    def transform(image: Image.Image) -> Tensor:
+        assert image.mode == "RGB"
+        return torch.tensor(image.getpixel((0, 0))).float().view(3, 1, 1)
+
+    return ShardLoader([str(path)], transform, tokenize, 1, **options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- samples
+
+LOST: dict[str, tuple[FILES, str]] = {
+    "cut jpg": (sample("b", GOOD[:-100]), "broken image"),
+    "no jpg at all": (sample("b", b"<html>not found</html>"), "broken image"),
+    "empty jpg": (sample("b", b""), "broken image"),
+    "no image": ([("b.txt", b"words")], "no image"),
+    "no caption": ([("b.jpg", GOOD)], "no caption"),
+    "empty caption": (sample("b", text=b""), "empty caption"),
+    "blank caption": (sample("b", text=b" \n\t"), "empty caption"),
+    "caption in another encoding": (sample("b", text=b"\xff\xfe"), "broken caption"),
+    "one pixel": (sample("b", picture(size=(1, 1))), "image too small"),
+    "one pixel high": (sample("b", picture(size=(10_000, 1))), "image too small"),
+}
+
+
+@pytest.mark.parametrize(("files", "kind"), LOST.values(), ids=LOST)
+def test_a_sample_is_left_out_and_counted_by_kind(
+    tmp_path: Path, files: FILES, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar(tmp_path / "0.tar", [*sample("a"), *files, *sample("c")])
+    data = loader(path)
+    assert [batch.keys for batch in data.epoch()] == [["a"], ["c"]]
+    assert data.faults == {kind: 1}
+    assert (data.broken, data.read) == (1, 3)
+    assert kind in caplog.text
+
+
+def big(size: tuple[int, int]) -> bytes:
+    """A PNG of one grey: large to decode, small to keep."""
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
+def test_ten_thousand_pixels_squared_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "PIL.PngImagePlugin.PngImageFile.load", lambda self: decoded.append(self.size)
+    )
+    header = big((10_000, 20))
+    huge = bytearray(header)
+    huge[20:24] = (10_000).to_bytes(4, "big")  # the height that its header claims
+    huge[29:33] = zlib_crc(bytes(huge[12:29]))
+    with pytest.raises(SampleError, match="image too large"):
+        decode_image({"__key__": "b", "png": bytes(huge)})
+    assert decoded == []
+    assert MOST_PIXELS < 10_000 * 10_000
+
+
+def zlib_crc(data: bytes) -> bytes:
+    import zlib
+
+    return zlib.crc32(data).to_bytes(4, "big")
+
+
+def test_ten_thousand_pixels_in_one_direction_are_used() -> None:
+    image = decode_image({"__key__": "b", "png": big((10_000, 20))})
+    assert (image.size, image.mode) == ((10_000, 20), "RGB")
+
+
+# ---------------------------------------------------------------- colour modes
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def palette() -> Image.Image:
+    return Image.new("RGB", (4, 4), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16))
+
+
+MODES: dict[str, tuple[bytes, str, tuple[int, int, int]]] = {
+    "CMYK": (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG"), "jpg", (254, 0, 0)),
+    "palette": (encoded(palette(), "PNG"), "png", (200, 100, 50)),
+    "RGBA": (encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "PNG"), "png", (9, 8, 7)),
+    "transparent": (encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 0)), "PNG"), "png", (255,) * 3),
+    "grey with alpha": (encoded(Image.new("LA", (4, 4), (50, 255)), "PNG"), "png", (50,) * 3),
+    "16 bit": (encoded(sixteen_bits(), "PNG"), "png", (100,) * 3),
+    "black and white": (encoded(Image.new("1", (4, 4), 1), "PNG"), "png", (255,) * 3),
+}
+
+
+@pytest.mark.parametrize(("data", "suffix", "colour"), MODES.values(), ids=MODES)
+def test_other_colour_modes_are_converted_and_counted(
+    tmp_path: Path, data: bytes, suffix: str, colour: tuple[int, int, int]
+) -> None:
+    source = loader(write_tar(tmp_path / "0.tar", sample("a", data, suffix=suffix)))
+    (batch,) = source.epoch()
+    assert (batch.images.flatten() - torch.tensor(colour)).abs().max() <= 2
+    assert source.faults == {"colour mode": 1}
+    assert source.broken == 0
+
+
+def test_grey_and_rgb_are_nothing_to_report(tmp_path: Path) -> None:
+    source = loader(write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b", picture("L"))]))
+    assert len(list(source.epoch())) == 2
+    assert not source.faults
+
+
+# ---------------------------------------------------------------- tar files
+
+
+def test_the_first_of_the_same_key_is_used(tmp_path: Path) -> None:
+    first, again = sample("a", text=b"first"), sample("a", text=b"again")
+    path = write_tar(tmp_path / "0.tar", [*first, *again, *sample("b"), *again])
+    failures = Failures()
+    texts = [(x["__key__"], x["txt"]) for x in read_shard(str(path), failures)]
+    assert texts == [("a", b"first"), ("b", b"words")]
+    assert failures.counts == {"duplicate key": 2}
+
+
+@pytest.mark.parametrize("promised", [None, 6])
+@pytest.mark.parametrize("cut_at", ["data", "header", "entry", "end"])
+def test_a_cut_tar_gives_what_is_before_the_cut(
+    tmp_path: Path, cut_at: str, promised: int | None
+) -> None:
+    files = [file for key in "abcdef" for file in sample(key)]
+    path = write_tar(tmp_path / "0.tar", files, promised)
+    whole, entry = path.read_bytes(), 512 + -(-len(GOOD) // 512) * 512 + 1024
+    cuts = {"data": 3 * entry + 700, "header": 3 * entry + 100, "entry": 3 * entry}
+    path.write_bytes(whole[: cuts.get(cut_at, 6 * entry)])
+    keys, faults = keys_and_faults(path)
+    assert keys[:3] == ["a", "b", "c"]
+    whole_ones = 6 if cut_at == "end" else 3
+    assert len(keys) == whole_ones
+    lost = max(1, (promised or 0) - whole_ones)
+    assert faults == {"truncated tar": lost}
+
+
+def test_a_whole_tar_has_no_faults(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", sample("a"), promised=1)
+    assert keys_and_faults(path) == (["a"], {})
+
+
+def test_an_empty_file_is_a_truncated_tar(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"")
+    assert keys_and_faults(path) == ([], {"truncated tar": 1})
+
+
+def test_faults_after_the_last_batch_are_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b", b"")])
+    data = loader(path)
+    list(data.epoch())
+    assert data.faults == {"broken image": 1}
+
+
+# ---------------------------------------------------------------- how many are too many
+
+
+def test_above_a_share_the_run_stops_and_says_what_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("examples.loader.FREE_FAILURES", 0)
+    files = [f for i in range(10) for f in sample(f"{i}", text=b"" if i in (4, 6) else b"x")]
+    files += [*sample("x", b"")]
+    path = write_tar(tmp_path / "0.tar", files)
+    expected = r"1 of 6 samples could not be used \(1 empty caption\), above the share of 0\.1"
+    with pytest.raises(UserError, match=expected):
+        list(loader(path, max_broken=0.1).epoch())
+    assert len(list(loader(path, max_broken=0.3).epoch())) == 8
+
+
+def test_repaired_samples_are_not_broken() -> None:
+    assert unusable({"colour mode": 5, "no image": 2, "truncated tar": 3}) == 5
+
+
+# ---------------------------------------------------------------- shards and processes
+
+
+@pytest.mark.parametrize("new_world", [1, 3, 4])
+def test_another_number_of_processes_repeats_nothing_within_the_epoch(
+    tmp_path: Path, new_world: int
+) -> None:
+    per_shard, shards = 4, 12
+    paths = [
+        str(
+            write_tar(
+                tmp_path / f"{i}.tar", [f for k in range(per_shard) for f in sample(f"{i}-{k}")]
+            )
+        )
+        for i in range(shards)
+    ]
+
+    def transform(image: Image.Image) -> Tensor:
+        return torch.zeros(3, 1, 1)
+
+    def open_rank(rank: int, world: int) -> ShardLoader:
+        return ShardLoader(paths, transform, tokenize, 2, shuffle=3, rank=rank, world_size=world)
+
+    seen: list[str] = []
+    positions = []
+    for rank in range(2):
+        position = Position(1)
+        for _, batch in zip(range(4), open_rank(rank, 2).epoch(position), strict=False):
+            seen += batch.keys
+            position = position.after(batch, 1)
+        positions.append(position)
+    assert len(seen) == 16
+    after = ShardOrder(shards, 0, True).carry_over(positions)
+    assert after.epoch == 1
+    for rank in range(new_world):
+        for batch in open_rank(rank, new_world).epoch(after):
+            seen += batch.keys
+    assert len(seen) == len(set(seen)), "a sample came twice"
+    begun = sum(sum(position.opened) for position in positions)
+    assert len(seen) >= 16 + (shards - begun) * per_shard - new_world * per_shard
+    assert shards - begun > 0
+
+
+def test_a_second_change_still_repeats_nothing(tmp_path: Path) -> None:
+    order = ShardOrder(10, 0, True)
+    first = [Position(0, (4,), 0, (2,)), Position(0, (4,), 0, (2,))]
+    second = order.carry_over(first)
+    assert len(second.done) == 4
+    third = order.carry_over([Position(0, (2,), 0, (1,), second.done)] * 3)
+    assert len(third.done) == 7
+    assert set(second.done) < set(third.done)
+    last = order.carry_over([Position(0, (9,), 0, (3,), third.done)])
+    assert last == Position(1)
+
+
+def test_shards_drawn_with_replacement_never_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b")])
+    data = loader(path, resample=True, shuffle=2)
+    keys = [batch.keys[0] for _, batch in zip(range(9), data.epoch(), strict=False)]
+    again = [
+        batch.keys[0]
+        for _, batch in zip(range(9), loader(path, resample=True, shuffle=2).epoch(), strict=False)
+    ]
+    assert keys == again
+    assert set(keys) == {"a", "b"}
+    other = loader(path, resample=True, shuffle=2, rank=7, world_size=8)  # fewer shards than ranks
+    assert next(other.epoch()).keys
+
+
+def test_logs_name_each_kind_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = [f for i in range(4) for f in sample(f"{i}", text=b"" if i % 2 else b"x")]
+    path = write_tar(tmp_path / "0.tar", [*files, *sample("x", b"")])
+    with caplog.at_level(logging.WARNING):
+        list(loader(path, max_broken=1.0).epoch())
+    assert caplog.text.count("empty caption: '1'") == 1
+    assert caplog.text.count("empty caption") == 1
+    assert caplog.text.count("broken image: 'x'") == 1

@@ -1,0 +1,323 @@
+"""Several processes, or a batch in parts, must train as one process with the whole batch does."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import ProcessGroup
+from torch import Tensor, nn
+
+from examples.batches import Batch, Position, ShardOrder
+from examples.checkpoint import Checkpoints
+from examples.clock import Clock
+from examples.features import Features
+from examples.files import UserError
+from examples.models import build_clip
+from examples.parallel import Parallel, distribute, running
+from examples.recipe import load_recipe
+from examples.settings import TrainSettings
+from examples.signals import Interrupted, StopRequest
+from examples.steps import Gradients, Work, joined_batch
+from examples.towers import Towers, build_towers
+from examples.training import Trainer
+
+PAIRS, STEPS, IMAGE, WORDS = 8, 3, 16, 8
+VIT: dict[str, Any] = {
+    "embed_dim": 8,
+    "vision_cfg": {"layers": 2, "width": 16, "head_width": 8, "image_size": IMAGE, "patch_size": 8},
+    "text_cfg": {"context_length": WORDS, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
+}
+STUDENT: dict[str, Any] = {}
+
+
+def towers(recipe: str, dtype: torch.dtype = torch.float64) -> Towers:
+    torch.manual_seed(0)
+    loaded = load_recipe(recipe)
+    model = build_clip({**VIT, **loaded.model_options})
+    built = build_towers(loaded, model, VIT["embed_dim"]).to(dtype)
+    for name, parameter in built.loss.named_parameters():
+        if "key" in name:  # they start at zero, where nothing reaches the other tables
+            nn.init.normal_(parameter, std=0.3)
+    return built
+
+
+def batch(seed: int = 1, pairs: int = PAIRS, dtype: torch.dtype = torch.float64) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(pairs, 3, IMAGE, IMAGE, generator=g, dtype=torch.float64).to(dtype)
+    texts = torch.randint(1, 49, (pairs, WORDS), generator=g)
+    texts[:, -1] = 49  # the largest id ends a text
+    return Batch(images, texts, [], 0, 0, keys=[f"{seed}-{i}" for i in range(pairs)])
+
+
+def pieces(whole: Batch, parts: int) -> list[Batch]:
+    n = len(whole.images) // parts
+    return [
+        replace(
+            whole,
+            images=whole.images[i * n : (i + 1) * n],
+            texts=whole.texts[i * n : (i + 1) * n],
+            keys=whole.keys[i * n : (i + 1) * n],
+        )
+        for i in range(parts)
+    ]
+
+
+def gradients(module: Towers, parts: list[Batch], sharding: str | None = None) -> dict[str, Tensor]:
+    """After the processes have shared them; of whole parameters."""
+    own = Work(module, Clock(torch.device("cpu")))
+    work: nn.Module = own
+    if sharding is not None:
+        parallel = Parallel(dist.get_rank(), dist.get_world_size())
+        work = distribute(own, parallel, sharding)  # type: ignore[arg-type]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    Gradients(own, work, torch.device("cpu"), "fp32", scaler)(parts)
+    found = {}
+    for name, p in module.named_parameters():
+        assert p.grad is not None, name
+        whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        found[name] = whole.detach().clone()
+    return found
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = float((actual[name].reshape(value.shape) - value).abs().max())
+        assert error <= 1e-12 + 1e-9 * float(value.abs().max()), f"{name} is off by {error:.3g}"
+
+
+RECIPES = ("clip", "siglip", "cyclip", "highorder_r3")
+
+
+# ---------------------------------------------------------------- parts of a batch
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_have_the_gradient_of_the_whole(recipe: str, parts: int) -> None:
+    expected = gradients(towers(recipe), [batch()])
+    assert all(float(g.abs().max()) > 0 for n, g in expected.items() if "bias" not in n)
+    assert_close(gradients(towers(recipe), pieces(batch(), parts)), expected)
+
+
+def test_summing_the_parts_gradients_would_be_wrong() -> None:
+    expected = gradients(towers("clip"), [batch()])
+    of_parts = [gradients(towers("clip"), [part]) for part in pieces(batch(), 2)]
+    name = "model.visual.proj"
+    mean = (of_parts[0][name] + of_parts[1][name]) / 2
+    assert float((mean - expected[name]).abs().max()) > 0.01 * float(expected[name].abs().max())
+
+
+def test_parts_see_the_same_noise_twice() -> None:
+    """Dropout of the second encoding is that of the first: else the gradient is of other data."""
+    module = towers("clip")
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        dropped = nn.functional.dropout(output, 0.5)
+        seen.append(dropped.detach())
+        return dropped
+
+    module.model.get_submodule("visual").register_forward_hook(note)
+    torch.manual_seed(3)
+    gradients(module, pieces(batch(), 2))
+    first, second, first_again, second_again = seen
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+    assert not torch.equal(first, second)
+
+
+def test_parts_join() -> None:
+    whole = replace(batch(), teacher=Features(torch.randn(PAIRS, 4, 3), torch.randn(PAIRS, 5)))
+    parts = [
+        replace(part, teacher=Features(*(x[2 * i : 2 * i + 2] for x in whole.teacher or ())))
+        for i, part in enumerate(pieces(whole, 4))
+    ]
+    again = joined_batch(parts)
+    assert torch.equal(again.images, whole.images)
+    assert again.keys == whole.keys
+    assert again.teacher is not None
+    assert whole.teacher is not None
+    assert torch.equal(again.teacher.patches, whole.teacher.patches)
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[ProcessGroup]:
+    group = ProcessGroup(2)
+    yield group
+    group.close()
+
+
+def share_of(whole: Batch, parts: int = 1) -> list[Batch]:
+    mine = pieces(whole, dist.get_world_size())[dist.get_rank()]
+    return pieces(mine, parts)
+
+
+def gradients_of_a_share(recipe: str, sharding: str, parts: int) -> dict[str, Tensor]:
+    return gradients(towers(recipe), share_of(batch(), parts), sharding)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("recipe", ["siglip", "highorder_r3"])
+def test_processes_have_the_gradient_of_one(
+    two: ProcessGroup, recipe: str, sharding: str, parts: int
+) -> None:
+    """Towers, scale and loss heads alike."""
+    expected = gradients(towers(recipe), [batch()])
+    for actual in two.run(gradients_of_a_share, recipe, sharding, parts):
+        assert_close(actual, expected)
+
+
+class Batches:
+    """Stands for a ShardLoader whose processes have unequal numbers of batches."""
+
+    streams, resample = 1, False
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size, self.order = count, size, ShardOrder(4, 0, False)
+
+    def epoch(self, position: Position) -> Iterator[Batch]:
+        done = position.consumed[0] // self.size if position.consumed else 0
+        for i in range(done, self.count):
+            seed = 100 * position.epoch + 10 * i + (dist.get_rank() if dist.is_initialized() else 0)
+            yield replace(
+                batch(seed, self.size, torch.float32), consumed=(i + 1) * self.size, opened=1
+            )
+
+
+def trainer(folder: str, count: int = STEPS, **settings: Any) -> Trainer:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    chosen = TrainSettings(
+        **{"epochs": 2, "batch_size": PAIRS, "warmup_steps": 2, "learning_rate": 0.01, **settings}
+    )
+    module = towers("highorder_r3", torch.float32)
+    torch.manual_seed(rank)
+    loader = Batches(count * chosen.accumulate, chosen.part_size(world))
+    parallel = Parallel(rank, world)
+    return Trainer(module, loader, chosen, STEPS, Path(folder), parallel)  # type: ignore[arg-type]
+
+
+def losses_and_weights(run: Trainer) -> tuple[list[float], dict[str, Tensor]]:
+    whole = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in run.towers.named_parameters()
+    }
+    return run.history["loss"], whole
+
+
+def train(folder: str, settings: dict[str, Any], stop_after: int = 0) -> Any:
+    """To the end, or as far as a signal to the second process allows."""
+    run, stop = trainer(folder, **settings), StopRequest()
+    update = run.update
+
+    def stopping(parts: list[Batch]) -> dict[str, Tensor]:
+        if run.step + 1 == stop_after and dist.get_rank() == 1:
+            stop.signal_number = 15
+        return update(parts)
+
+    run.update = stopping  # type: ignore[method-assign]
+    try:
+        run.fit("test", stop)
+    except Interrupted as error:
+        return str(error)
+    return losses_and_weights(run)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2}, {"sharding": "fsdp2"}, {"precision": "amp_bf16"}],
+    ids=["ddp", "parts", "fsdp2", "bf16"],
+)
+def test_processes_stop_together_and_resume_exactly(
+    two: ProcessGroup, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """A signal to one stops all after the same step; then losses and weights are bit for bit
+    those of a run that nobody stopped, and the same in every process."""
+    whole = two.run(train, str(tmp_path / "whole"), settings)
+    stopped = two.run(train, str(tmp_path / "parts"), settings, 4)
+    assert stopped == ["stopped after step 4 of 6"] * 2
+    resumed = two.run(train, str(tmp_path / "parts"), settings)
+    assert len(whole[0][0]) == 2 * STEPS
+    for losses, weights in (*whole[1:], *resumed):
+        assert losses == whole[0][0]
+        for name, value in weights.items():
+            assert torch.equal(value, whole[0][1][name]), name
+
+
+def count_steps(folder: str) -> int:
+    run = trainer(folder, count=2 + 3 * dist.get_rank(), epochs=1)
+    run.fit("test", StopRequest())
+    return run.step
+
+
+def test_every_process_takes_as_many_steps_as_the_one_with_least_data(
+    two: ProcessGroup, tmp_path: Path
+) -> None:
+    assert two.run(count_steps, str(tmp_path)) == [2, 2]
+
+
+def one_bad_process(folder: str) -> tuple[int, bool]:
+    run = trainer(folder)
+    before = {name: p.detach().clone() for name, p in run.towers.named_parameters()}
+    (part,) = share_of(batch(dtype=torch.float32))
+    if dist.get_rank() == 1:
+        part = replace(part, images=part.images * torch.nan)
+    run.towers.train()
+    run.update([part])
+    same = all(torch.equal(p, before[name]) for name, p in run.towers.named_parameters())
+    return run.health.in_a_row, same
+
+
+def test_a_bad_batch_in_one_process_is_left_out_in_all(two: ProcessGroup, tmp_path: Path) -> None:
+    assert two.run(one_bad_process, str(tmp_path)) == [(1, True)] * 2
+    keys = [json.loads((tmp_path / f"skipped_{r}.jsonl").read_text())["keys"] for r in (0, 1)]
+    assert keys == [[f"1-{i}" for i in range(4)], [f"1-{i}" for i in range(4, 8)]]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_another_number_of_processes_goes_on(
+    two: ProcessGroup, tmp_path: Path, sharding: str
+) -> None:
+    """With the same weights and step, and none of the shards that were begun."""
+    settings: dict[str, Any] = {"sharding": sharding}
+    two.run(train, str(tmp_path), settings, 2)
+    found = Checkpoints(tmp_path).latest()
+    assert found is not None
+    run = trainer(str(tmp_path), **settings)
+    assert run.step == 2
+    assert run.progress.position == Position(0, done=(0, 1))
+    for name, p in run.towers.named_parameters():
+        assert torch.equal(p.reshape(-1), found.tensors[f"module.{name}"].reshape(-1)), name
+    run.fit("test", StopRequest())
+    assert run.finished
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_batch_too_small_for_the_processes_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"among 8 processes .*; choose a multiple of 40 from 80 on"
+    ):
+        TrainSettings(batch_size=64, accumulate=5).part_size(8)
+    with pytest.raises(UserError, match="at least 2 pairs; choose a multiple of 64 from 128 on"):
+        TrainSettings(batch_size=64).part_size(64)
+    assert TrainSettings(batch_size=64, accumulate=2).part_size(8) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"process 0 .* has no GPU \(0 found\)"), running("cuda"):
+        pass
+    with running("auto") as parallel:
+        assert parallel.device.type == "cpu"
