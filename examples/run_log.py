@@ -109,7 +109,7 @@ def save_curves(
     _draw(axes[0, 0], "loss", steps, {name: history[name] for name in terms})
     shares = {name: history[f"{name}_share"] for name in SHARES if f"{name}_share" in history}
     _draw(axes[0, 1], "share of a step", steps, shares)
-    rates = {"images per second": history.get("images_per_second", [])}
+    rates = {k: history[k] for k in ("images_per_second",) if k in history}
     _draw(axes[1, 0], "speed", steps, rates)
     measured = [name for name in (evaluations[-1] if evaluations else {}) if name.find("@") > 0]
     measured += ["zeroshot-top1"] * any("zeroshot-top1" in each for each in evaluations)

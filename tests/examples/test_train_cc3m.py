@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from examples import extract_dinov3
 from examples.checkpoint import Checkpoint, Checkpoints
 from examples.files import UserError
 from examples.run_settings import parse
@@ -302,3 +304,18 @@ def test_help_names_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_model_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="recipe"):
         parse(["--recipe", str(tmp_path / "none.yaml")])
+
+
+def test_the_commands_of_the_readme_are_the_scripts() -> None:
+    """Their options exist; the third trains what the second extracts from what the first loads."""
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index("## Train on CC3M") :].split("```")[1]
+    download, extract, train = [shlex.split(x) for x in block.strip().splitlines()[1:]]
+    assert download[download.index("--output_folder") + 1] == "cc3m"
+    _, script, *arguments = extract
+    assert script == "examples/extract_dinov3.py"
+    assert extract_dinov3.parse(arguments).shards == ["cc3m/{00000..00331}.tar"]
+    at = train.index("examples/train_cc3m.py")
+    settings = parse(train[at + 1 :])
+    assert (settings.data, settings.features) == (arguments[0], Path("cc3m/features"))
+    assert settings.train.part_size(int(train[at - 1])) == 512

@@ -1,0 +1,216 @@
+"""What is measured after every epoch, against the definitions spelled out."""
+
+import json
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from examples.evaluation import alignment, match_ranks, modality_gap, retrieval, uniformity
+from examples.files import UserError
+from examples.models import TINY_CLIP, build_clip, build_tokenizer, build_transform
+from examples.run_log import RunLog, line, save_curves
+from examples.towers import Towers
+from examples.zero_shot import Classification, zero_shot
+from rankloss import ClipLoss
+
+
+def pairs(n: int, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    v = torch.randn(n, d, generator=g)
+    t = v + torch.randn(n, d, generator=g)
+    return normalize(v, dim=1), normalize(t, dim=1)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("n", [1, 7, 600])
+def test_retrieval_in_chunks_is_retrieval(n: int) -> None:
+    images, texts = pairs(n)
+    measured = retrieval(images, texts)
+    for way, scores in (("image_to_text", images @ texts.T), ("text_to_image", texts @ images.T)):
+        ranks = match_ranks(scores)
+        for k in (1, 5, 10):
+            expected = float((ranks <= k).double().mean())
+            assert measured[f"{way}_R@{k}"] == pytest.approx(expected, abs=2 / n)
+
+
+def test_retrieval_by_hand() -> None:
+    images = torch.eye(3)
+    texts = torch.stack([images[0], images[2], images[1]])
+    measured = retrieval(images, texts)
+    assert measured["image_to_text_R@1"] == pytest.approx(1 / 3)
+    assert measured["text_to_image_R@5"] == 1.0
+
+
+def test_a_collapsed_model_retrieves_nothing() -> None:
+    same = torch.ones(20, 4) / 2
+    assert retrieval(same, same)["image_to_text_R@10"] == 0
+
+
+@pytest.mark.parametrize("n", [2, 5, 300])
+def test_alignment_and_uniformity_by_hand(n: int) -> None:
+    v, t = (x.double() for x in pairs(n))
+    squared = [[float((v[i] - t[j]).square().sum()) for j in range(n)] for i in range(min(n, 40))]
+    if n <= 40:
+        expected = sum(squared[i][i] for i in range(n)) / n
+        assert alignment(v, t) == pytest.approx(expected)
+        kernel = [math.exp(-2 * squared[i][j]) for i in range(n) for j in range(i)]
+        assert uniformity(v, t) == pytest.approx(math.log(sum(kernel) / len(kernel)))
+    else:  # several chunks
+        below = torch.cdist(v, t).square()[tuple(torch.tril_indices(n, n, -1))]
+        expected = float(torch.exp(-2 * below).mean().log())
+        assert uniformity(v, t) == pytest.approx(expected)
+
+
+def test_perfect_and_collapsed_models() -> None:
+    v, _ = pairs(30)
+    assert alignment(v, v) == 0
+    assert modality_gap(v, v) == 0
+    same = v[:1].expand(30, -1)
+    assert uniformity(same, same) == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------- zero-shot
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, colour in (("red_thing", (255, 0, 0)), ("blue_thing", (0, 0, 255))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "red_thing" / "broken.png").write_bytes(b"not a picture")
+    return tmp_path / "images"
+
+
+def never() -> bool:
+    return False
+
+
+class Painter(Towers):
+    """Knows one axis a class, by an image's colour and by a prompt's words."""
+
+    def __init__(self, tokenize: object) -> None:
+        super().__init__(build_clip(TINY_CLIP), ClipLoss())
+        reader = tokenize
+        assert callable(reader)
+        self.red = int(reader(["red"])[0, 1])
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        is_red = images[:, 0].mean((1, 2)) > images[:, 2].mean((1, 2))
+        return torch.stack([is_red, ~is_red], 1).float()
+
+    def encode_text(self, texts: Tensor, normalize: bool = True) -> Tensor:
+        is_red = (texts == self.red).any(1)
+        return torch.stack([is_red, ~is_red], 1).float()
+
+
+def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
+    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    data = Classification(str(folder), None, transform)
+    assert data.names == ["blue thing", "red thing"]
+    asked: list[str] = []
+
+    def listening(texts: list[str]) -> Tensor:
+        asked.extend(texts)
+        return tokenize(texts)
+
+    towers = Painter(tokenize)
+    measured = zero_shot(towers, data, listening, 4, torch.device("cpu"), never)
+    assert measured == {"zeroshot-top1": 1.0, "zeroshot-top5": 1.0}
+    assert len(asked) == 2 * len(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert "a bad photo of a red thing." in asked
+    assert sum(len(labels) for _, labels in data.batches(4)) == 6  # the broken one is left out
+
+
+def test_wrong_names_lower_the_accuracy(folder: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("red thing\nblue thing\n")
+    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    data = Classification(str(folder), names, transform)
+    measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"), never)
+    assert measured == {"zeroshot-top1": 0.0, "zeroshot-top5": 1.0}
+
+
+def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
+    import webdataset as wds
+
+    with (tmp_path / "0.tar").open("wb") as file, wds.TarWriter(file, encoder=False) as tar:
+        for i, image in enumerate(sorted(folder.glob("*/?.png"))):
+            label = str(int("red" in str(image))).encode()
+            tar.write({"__key__": f"{i}", "png": image.read_bytes(), "cls": label})
+    names = tmp_path / "names.txt"
+    names.write_text("blue thing\nred thing")
+    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    data = Classification(str(tmp_path / "0.tar"), names, transform)
+    measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"), never)
+    assert measured == {"zeroshot-top1": 1.0, "zeroshot-top5": 1.0}
+
+
+def test_an_evaluation_that_is_asked_to_stop_says_so(folder: Path) -> None:
+    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    data = Classification(str(folder), None, transform)
+    towers = Painter(tokenize)
+    assert zero_shot(towers, data, tokenize, 4, torch.device("cpu"), lambda: True) is None
+
+
+def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+    transform = build_transform(TINY_CLIP, train=False)
+    with pytest.raises(UserError, match="give a folder of images or shards"):
+        Classification(str(tmp_path / "none.tar"), None, transform)
+    names = tmp_path / "names.txt"
+    names.write_text("only one")
+    with pytest.raises(UserError, match="has 1 names for 2 folders"):
+        Classification(str(folder), names, transform)
+    with pytest.raises(UserError, match="does not exist"):
+        Classification(str(folder), tmp_path / "nothing", transform)
+
+
+# ---------------------------------------------------------------- what is told
+
+
+VALUES = {
+    "loss": 3.25,
+    "images_per_second": 812.4,
+    "loading_share": 0.02,
+    "model_share": 0.7,
+    "loss_share": 0.1,
+    "optimizer_share": 0.05,
+    "communication_share": 0.04,
+    "peak_memory": 3.0 * (1 << 30),
+    "skipped": 0.0,
+}
+
+
+def test_a_line_tells_speed_shares_memory_and_faults() -> None:
+    told = line(20, 90, VALUES, {"broken image": 2})
+    assert told == (
+        "step 20/90: loss 3.250, 812 images/s, loading 2%, model 70%, loss 10%, optimizer 5%, "
+        "communication 4%, memory 3.00 GiB, faults: 2 broken image"
+    )
+    assert "1 steps skipped" in line(20, 90, {**VALUES, "skipped": 1.0}, {})
+
+
+def test_results_are_written_whole(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, {}, tensorboard=False, wandb=False, total_steps=9)
+    entries: list[dict[str, float]] = []
+    for epoch in (1, 2):
+        entries.append({"epoch": epoch, "step": 4 * epoch, "modality_gap": 0.5})
+        log.evaluation(entries)
+    log.close()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(each) for each in lines] == entries
+
+
+def test_curves_of_a_run_without_evaluations(tmp_path: Path) -> None:
+    history = {"step": [1.0, 2.0], "loss": [3.0, 2.0], "loading_share": [0.1, 0.2]}
+    save_curves(tmp_path / "curves.png", history, [])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
