@@ -22,6 +22,7 @@ from examples.checkpoint import (
 )
 from examples.files import UserError
 from examples.generators import generator_states, restore_generators
+from rankloss import GramAnchor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,6 +162,24 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
         step(*each)
     for name, value in module.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_the_gram_anchor_goes_on_exactly(tmp_path: Path) -> None:
+    """Its weights and the number of its refreshes are part of the module that owns it."""
+    saved, fresh = (nn.ModuleDict({"student": nn.Linear(3, 3)}) for _ in range(2))
+    anchor = GramAnchor(nn.Linear(3, 3), first_update=0, every=1)
+    saved["anchor"] = anchor
+    fresh["anchor"] = GramAnchor(nn.Linear(3, 3), first_update=0, every=1)
+    assert anchor.update(0, saved["student"])
+    optimizer = torch.optim.AdamW(saved["student"].parameters())
+    Checkpoints(tmp_path).save(1, training_tensors(saved, optimizer), {})
+    found = Checkpoints(tmp_path).latest()
+    assert found is not None
+    restore_training(fresh, torch.optim.AdamW(fresh["student"].parameters()), found)
+    restored = fresh["anchor"].state_dict()
+    assert int(restored["refreshes"]) == 1
+    for name, value in anchor.state_dict().items():
+        assert torch.equal(value, restored[name]), name
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

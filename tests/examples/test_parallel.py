@@ -146,6 +146,58 @@ def test_parts_join() -> None:
     assert torch.equal(again.teacher.patches, whole.teacher.patches)
 
 
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_how_the_model_is_computed_does_not_change_the_gradient(how: str, parts: int) -> None:
+    expected = gradients(towers("highorder_r3"), pieces(batch(), parts))
+    module = towers("highorder_r3")
+    if how == "compiled":
+        torch.compiler.reset()
+        module.model.compile(backend="aot_eager")
+    else:
+        prepare: Any = module.model.set_grad_checkpointing
+        prepare(True)
+    assert_close(gradients(module, pieces(batch(), parts)), expected)
+
+
+def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
+    """It halves at each overflow, which float16 has at first, and is saved like all else."""
+    settings = {"precision": "amp_fp16", "epochs": 2}
+    whole = trainer(str(tmp_path / "whole"), **settings)
+    whole.fit("test", StopRequest())
+    first = trainer(str(tmp_path / "parts"), **settings)
+    first.scaler.update(2.0**40)  # overflows, hence skips
+    stop, update = StopRequest(), first.update
+
+    def stopping(parts: list[Batch]) -> dict[str, Tensor]:
+        stop.signal_number = 15
+        return update(parts)
+
+    first.update = stopping  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        first.fit("test", stop)
+    again = trainer(str(tmp_path / "parts"), **settings)
+    assert first.health.total == 1
+    assert again.scaler.get_scale() == first.scaler.get_scale() == 2.0**39
+    assert again.health.total == 1
+    assert whole.health.total == 0
+    assert whole.scaler.get_scale() == 2.0**16
+
+
+def test_epochs_of_endless_data_have_the_planned_number_of_steps(tmp_path: Path) -> None:
+    run = trainer(str(tmp_path), count=1000)
+    run.loader.resample = True
+    epochs: list[int] = []
+
+    def after_epoch(trainer: Trainer) -> bool:
+        epochs.append(trainer.step)
+        return True
+
+    run.fit("test", StopRequest(), after_epoch)
+    assert epochs == [STEPS, 2 * STEPS]
+    assert run.progress.evaluated == 2
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -235,8 +287,8 @@ def train(folder: str, settings: dict[str, Any], stop_after: int = 0) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate": 2}, {"sharding": "fsdp2"}, {"precision": "amp_bf16"}],
-    ids=["ddp", "parts", "fsdp2", "bf16"],
+    [{}, {"accumulate": 2, "precision": "amp_bf16"}, {"sharding": "fsdp2"}],
+    ids=["ddp", "parts in bf16", "fsdp2"],
 )
 def test_processes_stop_together_and_resume_exactly(
     two: ProcessGroup, tmp_path: Path, settings: dict[str, Any]

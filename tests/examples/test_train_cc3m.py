@@ -40,7 +40,8 @@ update, acts = Trainer.update, {{int(k): int(v) for k, v in
                                  (x.split("=") for x in sys.argv.pop(1).split(",") if x)}}
 def acting(self, parts):
     if self.step in acts and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getpid(), acts[self.step])
+        kill = os.kill if "RANK" in os.environ else os.killpg  # with the processes that read
+        kill(os.getpid(), acts[self.step])
     if os.environ.get("HANG") == str(self.step):
         os.kill(os.getpid(), signal.SIGTERM)
         print("hanging", flush=True)
@@ -71,6 +72,7 @@ def start(cwd: Path, arguments: list[str], **environment: str) -> "subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -282,6 +284,29 @@ def test_settings_that_do_not_fit_the_run_or_its_data(
     code = main([*SMALL, *given, "--out", str(whole)])
     assert code == 2
     assert re.search(told, capsys.readouterr().err)
+
+
+def test_features_of_another_teacher_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the start of a run and its continuation; of the wrong size, at once."""
+    monkeypatch.setattr("examples.train_cc3m.Run.train", lambda *_: None)
+    arguments = [*SMALL, "--recipe", "dinorankclip", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    capsys.readouterr()
+    marker = tmp_path / "run" / "settings.json"
+    claimed = json.loads(marker.read_text())
+    for changes in ({"model": "another"}, {"dim": 8}):
+        marker.write_text(json.dumps({**claimed, "teacher": {**claimed["teacher"], **changes}}))
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert f"teacher.{next(iter(changes))}: " in told
+    features = tmp_path / "run-data" / "train" / "features"
+    data = str(tmp_path / "run-data" / "train" / "{00000..00007}.tar")
+    other = ["--recipe", "dinorankclip", "--data", data, "--features", str(features)]
+    assert main([*other, "--out", str(tmp_path / "other")]) == 2  # the model sees 224 pixels
+    assert "'resolution': 64" in capsys.readouterr().err
 
 
 def test_wandb_is_asked_for_only_by_flag(
