@@ -163,10 +163,8 @@ def test_how_the_model_is_computed_does_not_change_the_gradient(how: str, parts:
 def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     """It halves at each overflow, which float16 has at first, and is saved like all else."""
     settings = {"precision": "amp_fp16", "epochs": 2}
-    whole = trainer(str(tmp_path / "whole"), **settings)
-    whole.fit("test", StopRequest())
     first = trainer(str(tmp_path / "parts"), **settings)
-    first.scaler.update(2.0**40)  # overflows, hence skips
+    first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 2.0**40})  # overflows
     stop, update = StopRequest(), first.update
 
     def stopping(parts: list[Batch]) -> dict[str, Tensor]:
@@ -180,8 +178,6 @@ def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     assert first.health.total == 1
     assert again.scaler.get_scale() == first.scaler.get_scale() == 2.0**39
     assert again.health.total == 1
-    assert whole.health.total == 0
-    assert whole.scaler.get_scale() == 2.0**16
 
 
 def test_epochs_of_endless_data_have_the_planned_number_of_steps(tmp_path: Path) -> None:
