@@ -38,6 +38,7 @@ from examples.demo_teacher import describe, extract_features
 from examples.features import FeatureReader
 from examples.figures import EXAMPLES, ModelFigures, save_figure
 from examples.files import UserError, claim_directory
+from examples.generators import seed_generators
 from examples.heldout import HeldOut, encode_heldout, read_heldout
 from examples.loader import ShardLoader
 from examples.models import build_clip, build_tokenizer, build_transform
@@ -82,7 +83,7 @@ class Demo:
         """The same initialisation and the same data order for every recipe."""
         recipe, settings = load_recipe(name), self.settings
         training = replace(settings.training, seed=seed)
-        torch.manual_seed(seed)
+        seed_generators(seed)
         towers = build_towers(
             recipe,
             build_clip({**settings.model, **recipe.model_options}),

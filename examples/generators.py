@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -26,7 +25,7 @@ def generator_states() -> dict[str, Tensor]:
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
@@ -39,8 +38,8 @@ def restore_generators(states: dict[str, Tensor]) -> None:
     """What `generator_states` returned; a GPU's state is left out where there is no GPU."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
-    gauss = float(states["python_gauss"])
-    random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+    has_gauss, gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_gauss else None))
     *keys, place, has_gauss = states["numpy"].tolist()
     state = ("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss)
     np.random.set_state((*state, float(states["numpy_gauss"])))  # noqa: NPY002
