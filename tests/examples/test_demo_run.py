@@ -200,6 +200,20 @@ def test_another_teacher_is_not_mixed_in(
     assert "pca.dim: 8 -> 4" in capsys.readouterr().err
 
 
+def test_a_teacher_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TeacherSettings] = []
+
+    def stop(settings: TeacherSettings, *_: object, **__: object) -> None:
+        asked.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.demo.extract_features", stop)
+    for teacher in ([], ["--teacher", "some/model"]):
+        assert main(["--fast", "--out", str(tmp_path), *teacher]) == 130
+    named = replace(FAST.teacher, model="some/model", options={}, random_weights=False)
+    assert asked == [FAST.teacher, named]
+
+
 def test_a_teacher_with_weights_is_named_as_such(tmp_path: Path) -> None:
     """From a folder as transformers saves it; nothing is downloaded."""
     require("transformers.activations")  # hides this checkout's folder `kernels`
