@@ -109,9 +109,7 @@ def _collect_constants(constants: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: constants[name] for name in ("R", "r", "RANKED")},
         "W": constants["SPLITS"] * constants["BW"],
-        "BR": 1 << (constants["r"] - 1).bit_length(),
-        "BN": launcher.COLLECT_ANCHORS,
-        "BA": launcher.COLLECT_CANDIDATES,
+        **launcher.collect_blocks(constants["r"]),
     }
 
 

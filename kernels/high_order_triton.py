@@ -158,7 +158,7 @@ def backward(
     d_scores = torch.empty_like(scores)
     d_predecessors = torch.zeros_like(predecessors, dtype=torch.float32)
     d_keys = torch.zeros_like(keys, dtype=torch.float32)
-    options = config.options(config.backward_warps)
+    options, blocks = config.options(config.backward_warps), collect_blocks(r)
     inputs = scores, walk.ranking, walk.places, lengths, weights
     tables = predecessors, keys, lse, live
     with on_device_of(scores):
@@ -170,7 +170,7 @@ def backward(
             backward_keys_kernel[(size * triton.cdiv(m, config.candidates), splits)](
                 *inputs, grad, *tables, d_scores, buffers[1], first, k, m, **constants, **options
             )
-            collect_kernel[(triton.cdiv(m, COLLECT_CANDIDATES), terms * (terms + 3) // 2)](
+            collect_kernel[(triton.cdiv(m, blocks["BA"]), terms * (terms + 3) // 2)](
                 walk.ranking,
                 walk.places,
                 grad,
@@ -185,15 +185,23 @@ def backward(
                 R=terms + 1,
                 r=r,
                 W=width,
-                BR=triton.next_power_of_2(r),
-                BN=COLLECT_ANCHORS,
-                BA=COLLECT_CANDIDATES,
+                **blocks,
                 RANKED=walk.ranked,
             )
     return d_scores, d_predecessors.to(predecessors.dtype), d_keys.to(keys.dtype)
 
 
-COLLECT_ANCHORS, COLLECT_CANDIDATES = 8, 16
+def collect_blocks(r: int) -> dict[str, int]:
+    """Tile of the collecting kernel: BN anchors, BA candidates, BR components; 4096 numbers.
+
+    With the same BN and BA at every r, it spilled registers at r = 128.
+    """
+    components = triton.next_power_of_2(r)
+    candidates = 16 if components <= 64 else 8
+    anchors = max(1, min(32, 4096 // (candidates * components)))
+    return {"BR": components, "BN": anchors, "BA": candidates}
+
+
 SMALLEST_BUFFER = 12 << 20  # bytes; below it launches cost more than memory is worth
 
 
