@@ -183,6 +183,7 @@ def _other_kernels(architecture: str) -> Iterator[Cell]:
         yield Cell(architecture, "forward", order=1, ranked=ranked)
         yield Cell(architecture, "backward", order=1, ranked=ranked)
     yield Cell(architecture, "collect", "bf16", 3, 32)
+    yield Cell(architecture, "collect", "ieee", 5, 128)  # the widest
     yield Cell(architecture, "gram")
     if architecture.startswith("sm"):
         yield Cell(architecture, "gram", "tf32")

@@ -44,7 +44,7 @@ def test_nothing_spills_exceeds_shared_memory_or_uses_atomics(
     for kernel in kernels:
         found, name = kernel["resources"], (kernel["architecture"], kernel["name"])
         assert found["spills"] == 0, name
-        assert 0 < found["shared"] <= SHARED_LIMITS[kernel["architecture"]], name
+        assert found["shared"] <= SHARED_LIMITS[kernel["architecture"]], name
         assert 0 < found["registers"] <= 512, name
         assert found["atomics"] == 0, name
         assert found["narrow_products"] == 0, name

@@ -97,7 +97,7 @@ def big(size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_ten_thousand_pixels_squared_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

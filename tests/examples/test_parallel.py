@@ -162,7 +162,7 @@ def test_how_the_model_is_computed_does_not_change_the_gradient(how: str, parts:
 
 def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     """It halves at each overflow, which float16 has at first, and is saved like all else."""
-    settings = {"precision": "amp_fp16", "epochs": 2}
+    settings: dict[str, Any] = {"precision": "amp_fp16", "epochs": 2}
     first = trainer(str(tmp_path / "parts"), **settings)
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 2.0**40})  # overflows
     stop, update = StopRequest(), first.update
