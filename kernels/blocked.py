@@ -218,10 +218,10 @@ def _rest_tile(block: _Block, rest: Tensor, places: slice, shift: Tensor | None)
 
 def _utilities(scores: Tensor, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
     """scores (n, c) + queries (n, t, W) . keys (n, c, W) - shift (n, t), as (n, t, c)."""
-    bias = scores[:, None, :].expand(-1, queries.shape[1], -1)
-    if shift is not None:
-        bias = bias - shift[:, :, None]
-    return torch.baddbmm(bias, queries, keys.transpose(1, 2))
+    if shift is None:
+        bias = scores[:, None, :].expand(-1, queries.shape[1], -1)
+        return torch.baddbmm(bias, queries, keys.transpose(1, 2))
+    return (scores[:, None, :] - shift[:, :, None]).baddbmm_(queries, keys.transpose(1, 2))
 
 
 def _forward_block(block: _Block, nll: Tensor, lse: Tensor) -> None:
@@ -258,7 +258,7 @@ def _backward_block(
         p[:, :, : p.shape[1]].triu_()
         d_ranked[:, start:] += p.sum(1)
         d_queries[:, places] = p @ block.ranked_keys[:, start:]
-        d_ranked_keys[:, start:].baddbmm_(p.transpose(1, 2), queries)
+        d_ranked_keys[:, start:] += p.transpose(1, 2) @ queries  # in place it is one by one
         if block.rest is not None:
             p = _rest_tile(block, block.rest, places, shift[:, places]).exp_()  # (n, t, M)
             d_scores[block.rows] += p.sum(1)
