@@ -31,7 +31,7 @@ class TrainSettings:
         seed: of initialisation, order and augmentation.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 64
     accumulate: int = 1
     learning_rate: float = 5e-4
