@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.aot_binary import SHARED_LIMITS, Resources, compile_and_read
+from benchmarks.output import write_whole
 from rankloss.kernels.choice import OLDEST_TRITON
 
 NEWEST = (3, 9)  # version of Triton this was run with
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     print(summary(findings, time.perf_counter() - start))
     if options.json:
         content = {"triton": triton.__version__, "kernels": [asdict(x) for x in findings]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(options.json, json.dumps(content, indent=1) + "\n")
     return 1 if faulty else 0
 
 

@@ -15,6 +15,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import Case, cases
 from benchmarks.memory import free_bytes
+from benchmarks.output import write_whole
 from benchmarks.providers import BY_REQUEST, PROVIDERS, Provider
 from benchmarks.suite import CaseResult, Settings, run_case
 from benchmarks.summary import summary
@@ -92,11 +93,11 @@ def write(
     print(report.targets_text(verdicts))
     content = report.as_json(machine, results, verdicts)
     if options.summary:
-        options.summary.write_text(summary(content))
+        write_whole(options.summary, summary(content))
     if options.json:
-        options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if options.markdown:
-        options.markdown.write_text(report.markdown(machine, results, verdicts))
+        write_whole(options.markdown, report.markdown(machine, results, verdicts))
 
 
 def machine(settings: Settings) -> dict[str, Any]:

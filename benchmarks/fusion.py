@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import paired_ratios, processor_clock, spread
+from benchmarks.output import write_whole
 from benchmarks.report import milliseconds
 from rankloss.fusion import MultiScaleFusion
 
@@ -28,9 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     result = measure(options.batch, options.rounds)
     print(markdown(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(markdown(result) + "\n")
+        write_whole(options.markdown, markdown(result) + "\n")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from benchmarks.gpu_checks import Check
 from benchmarks.gpu_measure import median
 from benchmarks.gpu_problems import Ceilings, Sizes, least_seconds
 from benchmarks.gpu_providers import COMPILED, FLEX, NAIVE
+from benchmarks.output import write_whole
 from benchmarks.providers import OURS
 from benchmarks.targets import Target
 
@@ -103,15 +103,8 @@ def write(record: Record, sizes: Sizes, folder: Path) -> None:
         **asdict(record),
         "targets": [asdict(verdict) for verdict in verdicts],
     }
-    _replace(folder / "gpu.json", json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    _replace(folder / "gpu.md", markdown(record, verdicts))
-
-
-def _replace(file: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, file)
+    write_whole(folder / "gpu.json", json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "gpu.md", markdown(record, verdicts))
 
 
 def _finite(value: Any) -> Any:

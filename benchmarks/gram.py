@@ -19,6 +19,7 @@ from benchmarks.cases import Case, Inputs, square_case
 from benchmarks.check import errors
 from benchmarks.cpu import machine
 from benchmarks.measure import Sample, Spread, paired_ratios, spread
+from benchmarks.output import write_whole
 from benchmarks.providers import Loss
 from benchmarks.suite import Settings
 from benchmarks.worker import Checked, Peaks, Worker
@@ -73,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     text = markdown(case, described, measured)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if options.markdown:
-        options.markdown.write_text(text)
+        write_whole(options.markdown, text)
     return 0
 
 
