@@ -11,10 +11,10 @@ The likelihood, with u_ik(d) the utility of candidate d for anchor i at place k:
 import math
 
 import torch
-from problems import Problem, term_bounds
 from torch import Tensor
 
 from rankloss import Transitions, plackett_luce_nll
+from tests.helpers.problems import Problem, term_bounds
 
 
 def nll(p: Problem, impl: str) -> Tensor:

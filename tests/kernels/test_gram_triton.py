@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from sanitizer import WHY_NOT, Report, sanitize
 from torch import Tensor
-from triton_cases import DEVICE, can_run, guarded, interpreted_only
 
 from rankloss import GramLoss
 from rankloss.kernels import configurations, gram, gram_distance, gram_kernels
 from rankloss.kernels.configurations import GramConfiguration
+from tests.helpers.sanitizer import WHY_NOT, Report, sanitize
+from tests.helpers.triton_cases import DEVICE, can_run, guarded, interpreted_only
 
 pytestmark = can_run
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sanitizer import WHY_NOT, KernelFault, sanitize
 from torch import Tensor
+
+from tests.helpers.sanitizer import WHY_NOT, KernelFault, sanitize
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

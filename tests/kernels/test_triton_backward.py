@@ -4,9 +4,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from sanitizer import KernelFault, sanitize
 from torch import Tensor
-from triton_cases import (
+
+from rankloss.kernels import high_order_triton, plackett_luce
+from rankloss.kernels.configurations import using
+from tests.helpers.sanitizer import KernelFault, sanitize
+from tests.helpers.triton_cases import (
     DEVICE,
     SMALL_TILES,
     Inputs,
@@ -21,9 +24,6 @@ from triton_cases import (
     run,
     upstream,
 )
-
-from rankloss.kernels import high_order_triton, plackett_luce
-from rankloss.kernels.configurations import using
 
 pytestmark = can_run
 

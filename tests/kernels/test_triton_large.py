@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from sanitizer import WHY_NOT, sanitize
 from torch import Tensor
-from triton_cases import Inputs, make_inputs
 
 from rankloss.kernels import first_order_kernels, high_order_kernels
+from tests.helpers.sanitizer import WHY_NOT, sanitize
+from tests.helpers.triton_cases import Inputs, make_inputs
 
 pytestmark = pytest.mark.skipif(
     WHY_NOT is not None or sys.platform != "linux", reason=WHY_NOT or "needs Linux's mmap"

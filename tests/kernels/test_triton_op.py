@@ -10,31 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import make_problem
-from properties import (
-    assert_constants_change_nothing,
-    assert_first_order_is_list_mle,
-    assert_first_place_is_info_nce,
-    assert_probabilities_sum_to_one,
-    assert_relabelling_changes_nothing,
-    assert_zero_keys_leave_order_one,
-    assert_zero_terms_lower_the_order,
-)
 from torch import Tensor
-from triton_cases import (
-    DEVICE,
-    SMALL_TILES,
-    Inputs,
-    assert_close,
-    assert_identical,
-    can_run,
-    expected,
-    guarded,
-    interpreted_only,
-    make_inputs,
-    run,
-    upstream,
-)
 
 from rankloss import HighOrderPLLoss, TransitionHeads
 from rankloss.kernels import (
@@ -48,6 +24,30 @@ from rankloss.kernels import (
     why_not,
 )
 from rankloss.kernels.configurations import Configuration, configuration, using
+from tests.helpers.problems import make_problem
+from tests.helpers.triton_cases import (
+    DEVICE,
+    SMALL_TILES,
+    Inputs,
+    assert_close,
+    assert_identical,
+    can_run,
+    expected,
+    guarded,
+    interpreted_only,
+    make_inputs,
+    run,
+    upstream,
+)
+from tests.properties import (
+    assert_constants_change_nothing,
+    assert_first_order_is_list_mle,
+    assert_first_place_is_info_nce,
+    assert_probabilities_sum_to_one,
+    assert_relabelling_changes_nothing,
+    assert_zero_keys_leave_order_one,
+    assert_zero_terms_lower_the_order,
+)
 
 each_impl = pytest.mark.parametrize("impl", ["triton", "triton-dense"])
 each_order = pytest.mark.parametrize("order", [1, 3])

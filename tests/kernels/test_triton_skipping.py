@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import (
+
+from rankloss.kernels.configurations import using
+from tests.helpers.triton_cases import (
     DEVICE,
     SMALL_TILES,
     Inputs,
@@ -17,8 +19,6 @@ from triton_cases import (
     make_inputs,
     run,
 )
-
-from rankloss.kernels.configurations import using
 
 pytestmark = can_run
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from triton_cases import (
+
+from rankloss.kernels import first_order_triton
+from rankloss.kernels.configurations import Configuration, using
+from tests.helpers.triton_cases import (
     DEVICE,
     SMALL_TILES,
     Inputs,
@@ -13,9 +16,6 @@ from triton_cases import (
     make_inputs,
     run,
 )
-
-from rankloss.kernels import first_order_triton
-from rankloss.kernels.configurations import Configuration, using
 
 pytestmark = can_run
 

@@ -4,8 +4,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from distillation_loops import frobenius, gradient, permutations, random_features
-from distillation_loops import gram as gram_by_loops
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +11,8 @@ from torch import Tensor
 from rankloss import GramLoss
 from rankloss.distillation import Level, Negatives, resize_features
 from rankloss.kernels import gram
+from tests.helpers.distillation_loops import frobenius, gradient, permutations, random_features
+from tests.helpers.distillation_loops import gram as gram_by_loops
 
 LEVELS, NEGATIVES = get_args(Level), get_args(Negatives)
 each_level = pytest.mark.parametrize("level", LEVELS)

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from features import LOSSES, each_loss, features, randomize
-from problems import each_implementation, each_streaming, make_problem
 from torch import Tensor
 
 from rankloss import (
@@ -17,6 +15,8 @@ from rankloss import (
     Transitions,
     plackett_luce_nll,
 )
+from tests.helpers.features import LOSSES, each_loss, features, randomize
+from tests.helpers.problems import each_implementation, each_streaming, make_problem
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import ProcessGroup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss, TransitionHeads
 from rankloss.distributed import _Gather, _ScatterSum
+from tests.helpers.processes import ProcessGroup
 
 Batch = dict[str, Tensor]
 Settings = dict[str, Any]

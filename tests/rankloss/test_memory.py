@@ -1,31 +1,13 @@
 """What the streaming implementations hold, and what they save for the backward pass."""
 
-from typing import Any
-
 import pytest
 import torch
-from problems import arguments, each_streaming, make_problem
-from properties import nll
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss.kernels import blocked
-
-
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the largest storage any operation returned, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor):
-                size = x.untyped_storage().nbytes() // x.element_size()
-                self.largest = max(self.largest, size)
-        return result
+from tests.helpers.problems import arguments, each_streaming, make_problem
+from tests.helpers.recorder import Recorder
+from tests.properties import nll
 
 
 @pytest.mark.parametrize(

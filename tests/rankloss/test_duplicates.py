@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from features import equal, features, randomize
-from problems import each_implementation
 from torch import Tensor
 
 from rankloss import HighOrderPLLoss, Transitions
+from tests.helpers.features import equal, features, randomize
+from tests.helpers.problems import each_implementation
 
 IMAGE_IDS = [4, 1, 4, 2, 3, 3, 4]
 TEXT_IDS = [0, 0, 1, 2, 2, 3, 4]

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from features import features
-from processes import ProcessGroup
 from torch import Tensor
 
 import rankloss.distributed
@@ -20,6 +18,8 @@ from benchmarks.memory import peak_live_bytes
 from examples.scaling import Loss, size
 from rankloss import HighOrderPLLoss
 from rankloss.kernels import blocked
+from tests.helpers.features import features
+from tests.helpers.processes import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from problems import Problem, each_streaming, make_problem
-from properties import value_and_gradients
 
 from rankloss.kernels import blocked
+from tests.helpers.problems import Problem, each_streaming, make_problem
+from tests.properties import value_and_gradients
 
 EPS = torch.finfo(torch.float32).eps
 SLACK = 2.0  # roundings of the largest utility, beyond twice the naive error

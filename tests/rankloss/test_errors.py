@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from features import features
-from problems import each_implementation
 from torch import Tensor
 
 from rankloss import (
@@ -19,6 +17,8 @@ from rankloss import (
     plackett_luce_nll,
     rankings,
 )
+from tests.helpers.features import features
+from tests.helpers.problems import each_implementation
 
 SCORES = torch.randn(2, 4)
 RANKING = torch.tensor([[0, 1, 2], [3, 2, 1]])

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from features import features, randomize
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss, rankings, statistics
+from tests.helpers.features import features, randomize
 
 # cosines [[0, 0.8, 0.6], [1, 0, 0], [0, 0.96, -0.28]], an image a row
 IMAGES = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.6, -0.8]])

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from features import features, loss_spelled_out, randomize
-from problems import IMPLEMENTATIONS, each_implementation
 from torch import Tensor
 
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss, rankings
+from tests.helpers.features import features, loss_spelled_out, randomize
+from tests.helpers.problems import IMPLEMENTATIONS, each_implementation
 
 # ---------------------------------------------------------------- the definition
 

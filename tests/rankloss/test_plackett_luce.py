@@ -4,7 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import (
+from torch import Tensor
+
+from rankloss import Transitions, kernels, plackett_luce_nll
+from tests.helpers.problems import (
     IMPLEMENTATIONS,
     Problem,
     each_implementation,
@@ -12,7 +15,7 @@ from problems import (
     make_problem,
     problems,
 )
-from properties import (
+from tests.properties import (
     assert_constants_change_nothing,
     assert_first_order_is_list_mle,
     assert_first_place_is_info_nce,
@@ -25,9 +28,6 @@ from properties import (
     spelled_out,
     value_and_gradients,
 )
-from torch import Tensor
-
-from rankloss import Transitions, kernels, plackett_luce_nll
 
 # ---------------------------------------------------------------- the definition
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from distillation_loops import gradient, random_features
 from torch import Tensor, nn
 
 from rankloss import (
@@ -18,6 +17,7 @@ from rankloss import (
     RelationalDistanceLoss,
 )
 from rankloss.distillation import resize_features
+from tests.helpers.distillation_loops import gradient, random_features
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "gram": GramLoss,

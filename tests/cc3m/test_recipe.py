@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from features import features
 
 from examples.files import UserError
 from examples.recipe import (
@@ -22,6 +21,7 @@ from examples.recipe import (
 )
 from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, RankCLIPLoss, SigLipLoss
 from rankloss.fusion import FUSION_VARIANTS
+from tests.helpers.features import features
 
 HIGH_ORDER: dict[str, Any] = {"name": "high_order", "order": 3}
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from features import features
 from open_clip.loss import SigLipLoss as OpenClipSigLip
-from processes import ProcessGroup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rankloss import ClipLoss, CyCLIPLoss, SigLipLoss
+from tests.helpers.features import features
+from tests.helpers.processes import ProcessGroup
 
 Make = Callable[[], nn.Module]
 LOSSES: dict[str, Make] = {

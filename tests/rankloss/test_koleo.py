@@ -6,14 +6,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from distillation_loops import gradient, permutations, random_features, spread_of_coinciding
-from distillation_loops import koleo as koleo_by_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import ProcessGroup
 from torch import Tensor
 
 from rankloss import KoLeoLoss
+from tests.helpers.distillation_loops import (
+    gradient,
+    permutations,
+    random_features,
+    spread_of_coinciding,
+)
+from tests.helpers.distillation_loops import koleo as koleo_by_loops
+from tests.helpers.processes import ProcessGroup
 
 
 def value_and_gradient(loss: KoLeoLoss, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import (
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rankloss import Transitions, plackett_luce_nll
+from tests.helpers.problems import (
     Problem,
     arguments,
     each_case,
@@ -13,11 +17,7 @@ from problems import (
     each_streaming,
     make_problem,
 )
-from properties import nll, value_and_gradients
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from rankloss import Transitions, plackett_luce_nll
+from tests.properties import nll, value_and_gradients
 
 # ---------------------------------------------------------------- registration
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from features import LOSSES, each_loss, features, randomize
 
 from rankloss import ClipLoss, HighOrderPLLoss
+from tests.helpers.features import LOSSES, each_loss, features, randomize
 
 
 @each_loss

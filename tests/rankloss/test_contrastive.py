@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from features import features
 from open_clip.loss import ClipLoss as OpenClipLoss
 from torch import Tensor
 
 from rankloss import ClipLoss, HighOrderPLLoss, contrastive, ranking
 from rankloss.contrastive import info_nce, matches, streamed_info_nce
+from tests.helpers.features import features
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

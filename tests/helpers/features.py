@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import Problem
-from properties import spelled_out
 from torch import Tensor
 from torch.nn import functional
 
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss, Transitions
+from tests.helpers.problems import Problem
+from tests.properties import spelled_out
 
 
 def features(

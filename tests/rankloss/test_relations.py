@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from distillation_loops import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rankloss import RelationalAngleLoss, RelationalDistanceLoss
+from tests.helpers.distillation_loops import (
     gradient,
     permutations,
     random_features,
     relational_angle,
     relational_distance,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_memory import Recorder
-from torch import Tensor, nn
-
-from rankloss import RelationalAngleLoss, RelationalDistanceLoss
+from tests.helpers.recorder import Recorder
 
 Loops = Callable[[Tensor, Tensor], Tensor]
 LOSSES = {

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import make_problem
-from sanitizer import Report, sanitize
 from torch import Tensor
 
 from rankloss.kernels import plackett_luce, reference
 from rankloss.kernels.configurations import Configuration
+from tests.helpers.problems import make_problem
+from tests.helpers.sanitizer import Report, sanitize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")

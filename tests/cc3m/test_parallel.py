@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessGroup
 from torch import Tensor, nn
 
 from examples.batches import Batch, Position, ShardOrder
@@ -25,6 +24,7 @@ from examples.signals import Interrupted, StopRequest
 from examples.steps import Gradients, Work, joined_batch
 from examples.towers import Towers, build_towers
 from examples.training import Trainer
+from tests.helpers.processes import ProcessGroup
 
 PAIRS, STEPS, IMAGE, WORDS = 8, 3, 16, 8
 VIT: dict[str, Any] = {

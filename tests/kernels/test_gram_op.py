@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from distillation_loops import frobenius, gradient, random_features
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import GramLoss
 from rankloss.kernels import gram, gram_distance, reference
+from tests.helpers.distillation_loops import frobenius, gradient, random_features
 
 NEGATIVES = gram.NEGATIVES
 each_negatives = pytest.mark.parametrize("negatives", NEGATIVES)

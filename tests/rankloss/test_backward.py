@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from problems import Problem, each_case, each_implementation, make_problem
-from properties import nll, value_and_gradients
 from torch import Tensor
 
 from rankloss import Transitions
+from tests.helpers.problems import Problem, each_case, each_implementation, make_problem
+from tests.properties import nll, value_and_gradients
 
 
 @each_implementation
