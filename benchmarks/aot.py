@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.aot_binary import SHARED_LIMITS, Resources, compile_and_read
 from benchmarks.output import write_whole
-from rankloss.kernels.choice import OLDEST_TRITON
+from rankloss.kernels.dispatch import OLDEST_TRITON
 
 NEWEST = (3, 9)  # version of Triton this was run with
 COLUMNS = ("registers", "spills", "shared", "matrix", "atomics", "narrow")

@@ -8,14 +8,15 @@ their input. Every op has a plain twin in `reference.py`, with the same signatur
 any other name takes that one or raises an error saying why it cannot run here.
 """
 
-if __name__ != "rankloss.kernels":
-    raise ImportError(
-        "this folder is installed and imported as `rankloss.kernels`; "
-        "importing it by another name would load a second copy of its ops"
-    )
-
-from rankloss.kernels.choice import IMPLEMENTATIONS, choose, why_not
+from rankloss.kernels.dispatch import IMPLEMENTATIONS, check_impl, choose, why_not
 from rankloss.kernels.gram import gram_distance
 from rankloss.kernels.plackett_luce import plackett_luce
 
-__all__ = ["IMPLEMENTATIONS", "choose", "gram_distance", "plackett_luce", "why_not"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "check_impl",
+    "choose",
+    "gram_distance",
+    "plackett_luce",
+    "why_not",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import reference
-from rankloss.kernels.choice import choose
+from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import outside_autocast
 from rankloss.kernels.reference import row_norms
 from rankloss.kernels.registration import loop_over_batch

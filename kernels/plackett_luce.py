@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import blocked, reference
-from rankloss.kernels.choice import choose
 from rankloss.kernels.configurations import live_tiles
+from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import outside_autocast
 from rankloss.kernels.registration import loop_over_batch
 

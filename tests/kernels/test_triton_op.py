@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from rankloss import HighOrderPLLoss, TransitionHeads
 from rankloss.kernels import (
+    IMPLEMENTATIONS,
+    check_impl,
     choose,
     first_order_kernels,
     first_order_triton,
@@ -383,6 +386,31 @@ def test_every_product_has_the_configured_precision(columns: int, precision: str
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a fresh process: no fall-back was reported yet."""
+    monkeypatch.setattr("rankloss.kernels.dispatch._said", set())
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_falling_back_on_a_gpu_is_said_once_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(UserWarning, match=r"runs 'blocked' on cuda:0, .*triton is not installed"):
+        assert choose("auto", GPU) == "blocked"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("auto", GPU) == "blocked"  # not said again
+        assert choose("auto", CPU) == "blocked"  # what "auto" means there
+        assert choose("blocked", GPU) == "blocked"  # asked for
+
+
+def test_names_are_checked_without_a_device() -> None:
+    for impl in ("auto", *IMPLEMENTATIONS):
+        check_impl(impl)
+    with pytest.raises(ValueError, match="unknown impl 'tritno'; choose 'auto' or one of"):
+        check_impl("tritno")
+
+
 def test_unknown_implementation() -> None:
     with pytest.raises(
         ValueError, match=r"unknown impl 'cuda'; choose 'auto' or one of \['triton'"
@@ -418,6 +446,7 @@ def test_other_devices_are_refused() -> None:
         (SimpleNamespace(__version__="3.2.0"), "triton 3.3 or newer"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:impl='auto' runs")
 def test_missing_and_old_triton(
     triton: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +457,7 @@ def test_missing_and_old_triton(
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "blocked"), ((8, 0), "triton")])
+@pytest.mark.filterwarnings("ignore:impl='auto' runs")
 def test_old_gpus(
     capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

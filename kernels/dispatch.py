@@ -1,6 +1,7 @@
 """Which implementation an op uses, decided by the tensor's own device."""
 
 import os
+import warnings
 
 import torch
 
@@ -11,21 +12,42 @@ reference: plain PyTorch, materialised, differentiable twice."""
 OLDEST_TRITON = (3, 3)  # 3.2 ends the process with a failed assertion when it compiles for sm_90
 
 
+_said: set[str] = set()  # why "auto" was not triton on a GPU, said once each
+
+
+def check_impl(impl: str) -> None:
+    """Raise a ValueError unless `impl` is "auto" or the name of an implementation."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}; choose 'auto' or one of {list(IMPLEMENTATIONS)}")
+
+
 def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The name of the implementation to run on `device` for scores of `dtype`.
 
-    "auto" is triton on a GPU that can run it, blocked anywhere else.
+    "auto" is triton on a GPU that can run it, blocked anywhere else; on a GPU that cannot, a
+    warning says once which implementation runs, and why.
 
     Raises:
         ValueError: `impl` is unknown, or cannot run here.
     """
     if impl == "auto":
-        fused = device.type == "cuda" and why_not("triton", device, dtype) is None
-        return "triton" if fused else "blocked"
+        if device.type != "cuda":
+            return "blocked"
+        reason = why_not("triton", device, dtype)
+        if reason is None:
+            return "triton"
+        _say_once(f"impl='auto' runs 'blocked' on {device}, slower than 'triton': {reason}")
+        return "blocked"
     reason = why_not(impl, device, dtype)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run on {device}: {reason}")
     return impl
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -34,8 +56,7 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32)
     Raises:
         ValueError: `impl` is unknown.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown impl {impl!r}; choose 'auto' or one of {list(IMPLEMENTATIONS)}")
+    check_impl(impl)
     return _why_not_triton(device, dtype) if impl.startswith("triton") else None
 
 
