@@ -8,9 +8,9 @@ from rankloss.distillation import (
     RelationalAngleLoss,
     RelationalDistanceLoss,
 )
-from rankloss.plackett_luce import TransitionHeads, plackett_luce_nll, rankings
+from rankloss.plackett_luce import plackett_luce_nll, rankings
 from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
-from rankloss.types import Transitions
+from rankloss.transitions import TransitionHeads, Transitions
 
 __version__ = "0.1.0"
 

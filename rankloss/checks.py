@@ -5,7 +5,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rankloss.types import Discount, Transitions
+from rankloss.options import Discount
+from rankloss.transitions import Transitions
 
 # ---------------------------------------------------------------- likelihoods
 

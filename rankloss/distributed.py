@@ -25,14 +25,14 @@ class GlobalBatch(NamedTuple):
     Attributes:
         image_anchors, text_anchors: (N, D).
         images, texts: (M, D), all processes' embeddings in rank order.
-        own: (N,) int64, each anchor's own column among the M candidates.
+        labels: (N,) int64, the column of each anchor's match among the M candidates.
     """
 
     image_anchors: Tensor
     text_anchors: Tensor
     images: Tensor
     texts: Tensor
-    own: Tensor
+    labels: Tensor
 
     def in_full_precision(self) -> "GlobalBatch":
         """Features in float32, float64 if given so; once, so that their gradients add up in it."""
@@ -40,9 +40,9 @@ class GlobalBatch(NamedTuple):
         dtype = torch.promote_types(dtype, torch.float32)
         images, texts = self.images.to(dtype), self.texts.to(dtype)
         if self.image_anchors is self.images:
-            return GlobalBatch(images, texts, images, texts, self.own)
+            return GlobalBatch(images, texts, images, texts, self.labels)
         anchors = self.image_anchors.to(dtype), self.text_anchors.to(dtype)
-        return GlobalBatch(*anchors, images, texts, self.own)
+        return GlobalBatch(*anchors, images, texts, self.labels)
 
 
 def processes(rank: int | None, world_size: int | None) -> Processes:
@@ -88,8 +88,8 @@ def gather_batch(
     """
     n, device = image_features.shape[0], image_features.device
     if group.world_size == 1:
-        own = torch.arange(n, device=device)
-        return GlobalBatch(image_features, text_features, image_features, text_features, own)
+        labels = torch.arange(n, device=device)
+        return GlobalBatch(image_features, text_features, image_features, text_features, labels)
     check_even(n, group, device)
     mine = slice(group.rank * n, (group.rank + 1) * n)
     images, texts = (
@@ -97,10 +97,10 @@ def gather_batch(
         for x in (image_features, text_features)
     )
     if local_loss:
-        own = torch.arange(mine.start, mine.stop, device=device)
-        return GlobalBatch(image_features, text_features, images, texts, own)
-    own = torch.arange(images.shape[0], device=device)
-    return GlobalBatch(images, texts, images, texts, own)
+        labels = torch.arange(mine.start, mine.stop, device=device)
+        return GlobalBatch(image_features, text_features, images, texts, labels)
+    labels = torch.arange(images.shape[0], device=device)
+    return GlobalBatch(images, texts, images, texts, labels)
 
 
 def gather_ids(ids: Tensor, group: Processes) -> Tensor:

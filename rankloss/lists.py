@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from rankloss.distributed import GlobalBatch
+from rankloss.options import Discount
 from rankloss.plackett_luce import ranked_nll, rankings
 from rankloss.scores import scaled_cosines
-from rankloss.types import Discount, Transitions
+from rankloss.transitions import Transitions
 
 
 class RankingList(NamedTuple):
@@ -81,6 +82,6 @@ def _list_mask(
     if same is None and not exclude_self:
         return None
     columns = torch.arange(scores.shape[1], device=scores.device)
-    own = columns == batch.own[:, None]
-    others = ~own if same is None else ~same
-    return others & ~own if exclude_self else others | own
+    match = columns == batch.labels[:, None]
+    others = ~match if same is None else ~same
+    return others & ~match if exclude_self else others | match

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloss.checks import as_scalar, check_features, check_ids, check_settings
-from rankloss.contrastive import STREAM_ABOVE, info_nce, matches, streamed_info_nce
+from rankloss.contrastive import STREAM_ABOVE, info_nce, positive_mask, streamed_info_nce
+from rankloss.diagnostics import Snapshot, summarize, take_snapshot
 from rankloss.distributed import GlobalBatch, gather_batch, gather_ids, processes
 from rankloss.kernels.launch import outside_autocast
 from rankloss.lists import (
@@ -17,10 +18,9 @@ from rankloss.lists import (
     in_modal_lists,
     list_nll,
 )
-from rankloss.plackett_luce import TransitionHeads
+from rankloss.options import Discount
 from rankloss.scores import cross_modal_scores
-from rankloss.statistics import Snapshot, summarize, take_snapshot
-from rankloss.types import Discount, Transitions
+from rankloss.transitions import TransitionHeads, Transitions
 
 
 class HighOrderPLLoss(nn.Module):
@@ -177,12 +177,12 @@ class HighOrderPLLoss(nn.Module):
         transitions = self._transitions(gathered)
         batch = gathered.in_full_precision()
         self._snapshot = take_snapshot(batch, scale, transitions)
-        if self.order == 0 and len(batch.own) * len(batch.texts) > STREAM_ABOVE:
+        if self.order == 0 and len(batch.labels) * len(batch.texts) > STREAM_ABOVE:
             contrastive = self._streamed_contrastive(batch, scale, bias, all_ids)
             ranking = torch.zeros_like(contrastive)
         else:
             scores = cross_modal_scores(batch, scale)
-            positives = matches(all_ids, batch.own)
+            positives = positive_mask(all_ids, batch.labels)
             contrastive = self._contrastive(scores, bias, batch, positives)
             ranking = torch.zeros_like(contrastive)
             if self.order >= 1:
@@ -200,7 +200,7 @@ class HighOrderPLLoss(nn.Module):
         positives: Tensor | None,
     ) -> Tensor:
         logits = scores if bias is None else [x + bias for x in scores]
-        terms = [info_nce(x, batch.own, positives) for x in logits]
+        terms = [info_nce(x, batch.labels, positives) for x in logits]
         return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
 
     def _streamed_contrastive(
@@ -209,7 +209,7 @@ class HighOrderPLLoss(nn.Module):
         pairs = (batch.image_anchors, batch.texts), (batch.text_anchors, batch.images)
         scale = scale.to(batch.images.dtype)
         with outside_autocast(batch.images):
-            terms = [streamed_info_nce(x, y, scale, batch.own, ids, bias) for x, y in pairs]
+            terms = [streamed_info_nce(x, y, scale, batch.labels, ids, bias) for x, y in pairs]
         return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
 
     def _transitions(self, batch: GlobalBatch) -> dict[str, Transitions]:
@@ -234,7 +234,7 @@ class HighOrderPLLoss(nn.Module):
             lists = cross_modal_lists(batch, scores, positives, transitions)
             groups.append((self.cross_modal_weight, lists))
         if self.in_modal_weight:
-            same = [None if x is None else matches([x], batch.own) for x in ids]
+            same = [None if x is None else positive_mask([x], batch.labels) for x in ids]
             lists = in_modal_lists(batch, scale, same, transitions, exclude_self=self.exclude_self)
             groups.append((self.in_modal_weight, lists))
         for weight, lists in groups:
@@ -262,7 +262,7 @@ class HighOrderPLLoss(nn.Module):
     def last_stats(self) -> dict[str, Tensor]:
         """Detached 0-D statistics of the last forward, computed when read; {} before the first.
 
-        See `rankloss.statistics.summarize` for what they are.
+        See `rankloss.diagnostics.summarize` for what they are.
         """
         return {} if self._snapshot is None else summarize(self._snapshot)
 

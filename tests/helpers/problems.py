@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankloss import Transitions
-from rankloss.types import Discount
+from rankloss.options import Discount
 
 STREAMING = ("blocked",)  # implementations fast enough to train with; a new one is added here
 IMPLEMENTATIONS = (*STREAMING, "reference")

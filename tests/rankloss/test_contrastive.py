@@ -9,7 +9,7 @@ from open_clip.loss import ClipLoss as OpenClipLoss
 from torch import Tensor
 
 from rankloss import ClipLoss, HighOrderPLLoss, contrastive, ranking
-from rankloss.contrastive import info_nce, matches, streamed_info_nce
+from rankloss.contrastive import info_nce, positive_mask, streamed_info_nce
 from tests.helpers.features import features
 
 
@@ -100,14 +100,14 @@ def test_empty_batch(positives: Tensor | None) -> None:
     assert scores.grad is not None
 
 
-def test_matches() -> None:
+def test_positive_mask() -> None:
     own = torch.tensor([2, 0])
     a, b = torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 5])
-    assert matches([], own) is None
+    assert positive_mask([], own) is None
     shared_a = [[True, False, True, False]] * 2
     shared_either = [[True, False, True, False], [True, False, True, True]]
     for ids, expected in (([a], shared_a), ([a, b], shared_either)):
-        result = matches(ids, own)
+        result = positive_mask(ids, own)
         assert result is not None
         assert result.tolist() == expected
 
@@ -140,7 +140,7 @@ def test_streamed_equals_held(
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     b = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
     leaves = [x for x in (v, t, s) if x is not None]
-    held = info_nce(s * v[own] @ t.T + (0 if b is None else b), own, matches(ids, own))
+    held = info_nce(s * v[own] @ t.T + (0 if b is None else b), own, positive_mask(ids, own))
     streamed = streamed_info_nce(v[own], t, s, own, ids, b)
     expected = torch.autograd.grad(held, leaves)
     torch.testing.assert_close(streamed, held)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rankloss.distributed import GlobalBatch
 from rankloss.plackett_luce import rankings
-from rankloss.types import Transitions
+from rankloss.transitions import Transitions
 
 SAMPLE = 128  # most anchors and candidates used for the quadratic statistics
 
@@ -52,7 +52,7 @@ def summarize(last: Snapshot) -> dict[str, Tensor]:
     if forward.shape[0] == 0:
         return {"scale": last.scale.float()}
     best = forward.argmax(1), backward.argmax(1)
-    hits = torch.stack([(x == batch.own).float().mean() for x in best])
+    hits = torch.stack([(x == batch.labels).float().mean() for x in best])
     log_p = torch.stack([forward.log_softmax(1), backward.log_softmax(1)])
     return {
         "scale": last.scale.float(),

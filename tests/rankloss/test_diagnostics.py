@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import ClipLoss, HighOrderPLLoss, rankings, statistics
+from rankloss import ClipLoss, HighOrderPLLoss, diagnostics, rankings
 from tests.helpers.features import features, randomize
 
 # cosines [[0, 0.8, 0.6], [1, 0, 0], [0, 0.96, -0.28]], an image a row
@@ -125,7 +125,7 @@ def test_any_batch_size(order: int, n: int) -> None:
     if n == 1:
         assert stats["match_top1"] == stats["rank_agreement"] == 1
     if n > 128:  # a sample, close to the whole
-        whole = statistics._kendall_tau(image @ text.T, text @ image.T)
+        whole = diagnostics._kendall_tau(image @ text.T, text @ image.T)
         assert abs(stats["kendall_tau"] - whole) < 0.1
 
 
@@ -218,7 +218,7 @@ def test_nothing_is_computed_unless_read(
     """A forward leaves detached features behind: no operation, no graph, no N x M tensor."""
     image, text = features(9)
     loss = randomize(HighOrderPLLoss(**options)).double()
-    reads: list[statistics.Snapshot] = []
+    reads: list[diagnostics.Snapshot] = []
     monkeypatch.setattr("rankloss.ranking.summarize", reads.append)
     loss(image, text, torch.tensor(10.0))  # the first call reads the norms
     names = []

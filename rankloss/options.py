@@ -1,0 +1,6 @@
+"""Names of the options that losses, likelihoods and their checks share."""
+
+from typing import Literal
+
+Discount = Literal["none", "log"]
+Reduction = Literal["mean", "sum", "none"]
