@@ -13,7 +13,7 @@ test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
 .PHONY: demo test test-long lint benchmarks wheel clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

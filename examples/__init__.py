@@ -1,1 +1,1 @@
-"""Runnable examples, and the helper modules they share."""
+"""Examples that run from a checkout."""

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.checkpoint import (
+from examples.cc3m.checkpoint import (
     Checkpoints,
     load_tensors,
     restore_training,
     training_tensors,
 )
-from examples.files import UserError
-from examples.generators import generator_states, restore_generators
+from examples.cc3m.files import UserError
+from examples.cc3m.generators import generator_states, restore_generators
 from rankloss import GramAnchor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,8 +72,8 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from examples.checkpoint import Checkpoints
-from examples.files import UserError
+from examples.cc3m.checkpoint import Checkpoints
+from examples.cc3m.files import UserError
 there = Checkpoints(Path(sys.argv[1]))
 there.save(1, {{"x": torch.ones(3)}}, {{"step": 1}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -107,7 +107,7 @@ def test_the_file_is_on_disk_before_it_has_its_name(
             events.append(name)
             return plain(*args)  # type: ignore[operator]
 
-        monkeypatch.setattr(f"examples.files.os.{name}", noted)
+        monkeypatch.setattr(f"examples.cc3m.files.os.{name}", noted)
     Checkpoints(tmp_path).save(1, tensors(1), {})
     assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
@@ -122,7 +122,7 @@ def test_pickles_are_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not readable"):
         load_tensors(path)
     assert not (tmp_path / "harm").exists()
-    sources = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
+    sources = [path.read_text() for path in (ROOT / "examples").rglob("*.py")]
     assert not [text for text in sources if "torch.load(" in text or "import pickle" in text]
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from examples.evaluation import alignment, match_ranks, modality_gap, retrieval, uniformity
-from examples.files import UserError
-from examples.models import TINY_CLIP, build_clip, build_tokenizer, build_transform
-from examples.run_log import RunLog, line, save_curves
-from examples.towers import Towers
-from examples.zero_shot import Classification, zero_shot
+from examples.cc3m.evaluation import alignment, match_ranks, modality_gap, retrieval, uniformity
+from examples.cc3m.files import UserError
+from examples.cc3m.models import TINY_CLIP, build_clip, build_tokenizer, build_transform
+from examples.cc3m.run_log import RunLog, line, save_curves
+from examples.cc3m.towers import Towers
+from examples.cc3m.zero_shot import Classification, zero_shot
 from rankloss import ClipLoss
 
 

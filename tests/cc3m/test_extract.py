@@ -20,12 +20,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from examples import extraction
-from examples.extract_dinov3 import main
-from examples.extraction import sample_images, to_half
-from examples.features import FeatureReader
-from examples.files import UserError, read_json
-from examples.shards import Failures, count_samples, read_shard
+from examples.cc3m import extraction
+from examples.cc3m.extract_dinov3 import main
+from examples.cc3m.extraction import sample_images, to_half
+from examples.cc3m.features import FeatureReader
+from examples.cc3m.files import UserError, read_json
+from examples.cc3m.shards import Failures, count_samples, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
 
@@ -220,7 +220,7 @@ def test_stopping_before_any_file_appears_changes_nothing(
 FORKING = """
 import json, os, signal, sys, time
 import matplotlib.figure, sklearn.decomposition, timm, torch
-from examples.extract_dinov3 import main
+from examples.cc3m.extract_dinov3 import main
 torch.set_num_threads(1)
 for line in sys.stdin:
     arguments, delay, after = json.loads(line)

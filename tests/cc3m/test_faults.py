@@ -12,10 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.batches import Position, ShardOrder
-from examples.files import UserError
-from examples.loader import ShardLoader
-from examples.shards import MOST_PIXELS, Failures, SampleError, decode_image, read_shard, unusable
+from examples.cc3m.batches import Position, ShardOrder
+from examples.cc3m.files import UserError
+from examples.cc3m.loader import ShardLoader
+from examples.cc3m.shards import (
+    MOST_PIXELS,
+    Failures,
+    SampleError,
+    decode_image,
+    read_shard,
+    unusable,
+)
 
 FILES = list[tuple[str, bytes]]
 
@@ -225,7 +232,7 @@ def test_faults_after_the_last_batch_are_reported(tmp_path: Path) -> None:
 def test_above_a_share_the_run_stops_and_says_what_was_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("examples.loader.FREE_FAILURES", 0)
+    monkeypatch.setattr("examples.cc3m.loader.FREE_FAILURES", 0)
     files = [f for i in range(10) for f in sample(f"{i}", text=b"" if i in (4, 6) else b"x")]
     files += [*sample("x", b"")]
     path = write_tar(tmp_path / "0.tar", files)

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from examples import extract_dinov3
-from examples.batches import Batch, Position
-from examples.features import FeatureFolder, FeatureReader
-from examples.files import UserError, write_json
-from examples.loader import ShardLoader
+from examples.cc3m import extract_dinov3
+from examples.cc3m.batches import Batch, Position
+from examples.cc3m.features import FeatureFolder, FeatureReader
+from examples.cc3m.files import UserError, write_json
+from examples.cc3m.loader import ShardLoader
 from rankloss.fusion import TeacherFeatures
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2

@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from examples.batches import Batch, Position, ShardOrder
-from examples.checkpoint import Checkpoints
-from examples.clock import Clock
-from examples.features import Features
-from examples.files import UserError
-from examples.models import build_clip
-from examples.parallel import Parallel, distribute, running
-from examples.recipe import load_recipe
-from examples.settings import TrainSettings
-from examples.signals import Interrupted, StopRequest
-from examples.steps import Gradients, Work, joined_batch
-from examples.towers import Towers, build_towers
-from examples.training import Trainer
+from examples.cc3m.batches import Batch, Position, ShardOrder
+from examples.cc3m.checkpoint import Checkpoints
+from examples.cc3m.clock import Clock
+from examples.cc3m.features import Features
+from examples.cc3m.files import UserError
+from examples.cc3m.models import build_clip
+from examples.cc3m.parallel import Parallel, distribute, running
+from examples.cc3m.recipe import load_recipe
+from examples.cc3m.settings import TrainSettings
+from examples.cc3m.signals import Interrupted, StopRequest
+from examples.cc3m.steps import Gradients, Work, joined_batch
+from examples.cc3m.towers import Towers, build_towers
+from examples.cc3m.training import Trainer
 from tests.helpers.processes import ProcessGroup
 
 PAIRS, STEPS, IMAGE, WORDS = 8, 3, 16, 8

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from examples.files import UserError
-from examples.recipe import (
+from examples.cc3m.files import UserError
+from examples.cc3m.recipe import (
     RECIPES,
     DistillationSettings,
     HighOrderSettings,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.batches import Batch
-from examples.features import Features
-from examples.files import UserError
-from examples.recipe import DistillationSettings, Recipe, load_recipe, recipe_names
-from examples.towers import SCALARS, Towers, build_towers
+from examples.cc3m.batches import Batch
+from examples.cc3m.features import Features
+from examples.cc3m.files import UserError
+from examples.cc3m.recipe import DistillationSettings, Recipe, load_recipe, recipe_names
+from examples.cc3m.towers import SCALARS, Towers, build_towers
 from rankloss import GramLoss, RelationalAngleLoss, RelationalDistanceLoss
 from rankloss.distillation import resize_features
 from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent

@@ -17,16 +17,17 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples import extract_dinov3
-from examples.checkpoint import Checkpoint, Checkpoints
-from examples.files import UserError
-from examples.run_settings import parse
-from examples.train_cc3m import main
+from examples.cc3m import extract_dinov3
+from examples.cc3m.checkpoint import Checkpoint, Checkpoints
+from examples.cc3m.files import UserError
+from examples.cc3m.run_settings import parse
+from examples.cc3m.train import main
+from examples.demo.train_on_scenes import main as train_on_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "train_cc3m.py"
+SCRIPT = "examples.demo.train_on_scenes"
 SMALL = [
-    *("--demo", "--scenes", "64", "--shuffle", "32"),
+    *("--scenes", "64", "--shuffle", "32"),
     *("--train.batch-size", "16", "--train.epochs", "2", "--train.warmup-steps", "2"),
     *("--train.checkpoint-steps", "2", "--train.log-steps", "1"),
 ]
@@ -35,7 +36,7 @@ TOTAL = 8
 ACT = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from examples.training import Trainer
+from examples.cc3m.training import Trainer
 update, acts = Trainer.update, {{int(k): int(v) for k, v in
                                  (x.split("=") for x in sys.argv.pop(1).split(",") if x)}}
 def acting(self, parts):
@@ -49,8 +50,7 @@ def acting(self, parts):
         while True: pass
     return update(self, parts)
 Trainer.update = acting
-sys.argv[0] = {str(SCRIPT)!r}
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+runpy.run_module({SCRIPT!r}, run_name="__main__")
 """
 
 
@@ -220,17 +220,16 @@ def test_recipes_and_overrides() -> None:
     assert settings.as_json()["recipe"]["loss"]["order"] == 1
     assert parse(["--recipe", "siglip"]).recipe.loss.name == "siglip"
     assert parse(["--recipe", "dinorankclip"]).recipe.distillation is not None
-    assert parse(["--demo"]).model == "tiny"
 
 
 BAD: dict[str, tuple[list[str], str]] = {
     "unknown recipe": (["--recipe", "clipp"], "clipp"),
     "no data": ([], "no image-text shards to train on; pass --data 'folder/{00000..00331}.tar'"),
     "no such shards": (["--data", "none/{0..3}.tar"], "4 of 4 shards .* are missing"),
-    "no features": (["--recipe", "dinorankclip"], "extract_dinov3.py, then pass --features"),
+    "no features": (["--recipe", "dinorankclip"], "extract_dinov3, then pass --features"),
     "wrong features": (
         ["--recipe", "dinorankclip", "--features", "nowhere"],
-        "nowhere has no manifest.json; run examples/extract_dinov3.py",
+        "nowhere has no manifest.json; run examples.cc3m.extract_dinov3",
     ),
     "indivisible batch": (["--train.accumulate", "3"], "choose a multiple of 3 from 6 on"),
     "fp16 and fsdp2": (
@@ -249,7 +248,7 @@ def test_bad_settings_are_told_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("examples.train_cc3m.build_clip", None)
+    monkeypatch.setattr("examples.cc3m.train.build_clip", None)
     try:
         code = main([*arguments, "--out", str(tmp_path / "out")])
     except SystemExit as error:  # what the command line's parser refuses
@@ -278,10 +277,10 @@ def test_settings_that_do_not_fit_the_run_or_its_data(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("examples.train_cc3m.build_clip", None)
+    monkeypatch.setattr("examples.cc3m.train.build_clip", None)
     data = str(work / "whole-data")
     given = [x.replace("{data}", data) for x in arguments]
-    code = main([*SMALL, *given, "--out", str(whole)])
+    code = train_on_scenes([*SMALL, *given, "--out", str(whole)])
     assert code == 2
     assert re.search(told, capsys.readouterr().err)
 
@@ -290,16 +289,16 @@ def test_features_of_another_teacher_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the start of a run and its continuation; of the wrong size, at once."""
-    monkeypatch.setattr("examples.train_cc3m.Run.train", lambda *_: None)
+    monkeypatch.setattr("examples.cc3m.train.Run.train", lambda *_: None)
     arguments = [*SMALL, "--recipe", "dinorankclip", "--out", str(tmp_path / "run")]
-    assert main(arguments) == 0
-    assert main(arguments) == 0
+    assert train_on_scenes(arguments) == 0
+    assert train_on_scenes(arguments) == 0
     capsys.readouterr()
     marker = tmp_path / "run" / "settings.json"
     claimed = json.loads(marker.read_text())
     for changes in ({"model": "another"}, {"dim": 8}):
         marker.write_text(json.dumps({**claimed, "teacher": {**claimed["teacher"], **changes}}))
-        assert main(arguments) == 2
+        assert train_on_scenes(arguments) == 2
         told = capsys.readouterr().err
         assert f"teacher.{next(iter(changes))}: " in told
     features = tmp_path / "run-data" / "train" / "features"
@@ -313,7 +312,7 @@ def test_wandb_is_asked_for_only_by_flag(
     work: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main([*SMALL, "--wandb", "--out", str(whole)]) == 2
+    assert train_on_scenes([*SMALL, "--wandb", "--out", str(whole)]) == 2
     assert "pip install wandb" in capsys.readouterr().err
 
 
@@ -337,10 +336,10 @@ def test_the_commands_of_the_readme_are_the_scripts() -> None:
     block = readme[readme.index("## Train on CC3M") :].split("```")[1]
     download, extract, train = [shlex.split(x) for x in block.strip().splitlines()[1:]]
     assert download[download.index("--output_folder") + 1] == "cc3m"
-    _, script, *arguments = extract
-    assert script == "examples/extract_dinov3.py"
+    _, _, script, *arguments = extract
+    assert script == "examples.cc3m.extract_dinov3"
     assert extract_dinov3.parse(arguments).shards == ["cc3m/{00000..00331}.tar"]
-    at = train.index("examples/train_cc3m.py")
+    at = train.index("examples.cc3m.train")
     settings = parse(train[at + 1 :])
     assert (settings.data, settings.features) == (arguments[0], Path("cc3m/features"))
-    assert settings.train.part_size(int(train[at - 1])) == 512
+    assert settings.train.part_size(int(train[at - 2])) == 512

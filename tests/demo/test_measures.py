@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.evaluation import (
+from examples.cc3m.evaluation import (
     match_ranks,
     mean_and_error,
     modality_gap,
@@ -16,7 +16,7 @@ from examples.evaluation import (
     spearman,
     zero_shot_hits,
 )
-from examples.results import (
+from examples.demo.results import (
     Metric,
     Outcomes,
     difference,
@@ -25,8 +25,8 @@ from examples.results import (
     metrics,
     sentences,
 )
-from examples.scenes import ALL_PAIRS, ATTRIBUTES, Scene, overlap, sample_scene
-from examples.timing import time_steps
+from examples.demo.scenes import ALL_PAIRS, ATTRIBUTES, Scene, overlap, sample_scene
+from examples.demo.timing import time_steps
 
 
 def test_ranks_of_matches() -> None:

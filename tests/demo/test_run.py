@@ -14,27 +14,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.batches import Batch
-from examples.checkpoint import load_tensors
-from examples.demo import main
-from examples.demo_settings import FAST, RECIPES
-from examples.demo_teacher import TeacherSettings, describe, extract_features
-from examples.features import FeatureFolder
-from examples.files import UserError
-from examples.recipe import load_recipe
-from examples.scene_shards import prepare_scenes
-from examples.training import Trainer
+from examples.cc3m.batches import Batch
+from examples.cc3m.checkpoint import load_tensors
+from examples.cc3m.features import FeatureFolder
+from examples.cc3m.files import UserError
+from examples.cc3m.recipe import load_recipe
+from examples.cc3m.training import Trainer
+from examples.demo.run import main
+from examples.demo.scene_shards import prepare_scenes
+from examples.demo.settings import FAST, RECIPES
+from examples.demo.teacher import TeacherSettings, describe, extract_features
 from rankloss.fusion.optional import require
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "demo.py"
+SCRIPT = "examples.demo"
 KILLED_AT, STOPPED_AT = 19, 44  # of 4 x 12 steps: in the second and in the fourth model
 LABELS = [load_recipe(name).label for name in RECIPES]
 
 KILL = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from examples.training import Trainer
+from examples.cc3m.training import Trainer
 update, calls = Trainer.update, []
 def killed(self, batch):
     calls.append(1)
@@ -42,8 +42,7 @@ def killed(self, batch):
         os.kill(os.getpid(), signal.SIGKILL)
     return update(self, batch)
 Trainer.update = killed
-sys.argv = [{str(SCRIPT)!r}, *sys.argv[1:]]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+runpy.run_module({SCRIPT!r}, run_name="__main__", alter_sys=True)
 """
 
 
@@ -51,12 +50,12 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An uninterrupted run, and one that was killed; each in a process of its own."""
     work = tmp_path_factory.mktemp("runs")
-    commands = {"whole": [str(SCRIPT)], "killed": ["-c", KILL]}
+    commands = {"whole": ["-m", SCRIPT], "killed": ["-c", KILL]}
     running = {
         name: subprocess.Popen(
             [sys.executable, *command, "--fast", "--out", name],
             cwd=work,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -186,7 +185,7 @@ def test_other_settings_do_not_resume(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = replace(FAST, training=replace(FAST.training, learning_rate=0.5))
-    monkeypatch.setattr("examples.demo.FAST", changed)
+    monkeypatch.setattr("examples.demo.run.FAST", changed)
     assert main(["--fast", "--out", str(folders[0])]) == 2
     assert "training.learning_rate: 0.0005 -> 0.5" in capsys.readouterr().err
 
@@ -195,7 +194,7 @@ def test_another_teacher_is_not_mixed_in(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = replace(FAST, teacher=replace(FAST.teacher, dim=4))
-    monkeypatch.setattr("examples.demo.FAST", changed)
+    monkeypatch.setattr("examples.demo.run.FAST", changed)
     assert main(["--fast", "--out", str(folders[0])]) == 2
     assert "pca.dim: 8 -> 4" in capsys.readouterr().err
 
@@ -207,7 +206,7 @@ def test_a_teacher_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         asked.append(settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("examples.demo.extract_features", stop)
+    monkeypatch.setattr("examples.demo.run.extract_features", stop)
     for teacher in ([], ["--teacher", "some/model"]):
         assert main(["--fast", "--out", str(tmp_path), *teacher]) == 130
     named = replace(FAST.teacher, model="some/model", options={}, random_weights=False)

@@ -12,10 +12,10 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from examples.captions import BESIDE, WORDS, caption
-from examples.drawing import draw
-from examples.files import UserError
-from examples.scene_shards import (
+from examples.cc3m.files import UserError
+from examples.demo.captions import BESIDE, WORDS, caption
+from examples.demo.drawing import draw
+from examples.demo.scene_shards import (
     SceneSettings,
     has_unseen_pair,
     heldout_scenes,
@@ -23,7 +23,7 @@ from examples.scene_shards import (
     probe_scenes,
     train_scenes,
 )
-from examples.scenes import (
+from examples.demo.scenes import (
     ATTRIBUTES,
     COLOURS,
     RELATIONS,
@@ -101,7 +101,7 @@ def test_an_interrupted_generation_leaves_no_half_data(
     def stop(*_: object) -> Image.Image:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("examples.scene_shards.draw", stop)
+    monkeypatch.setattr("examples.demo.scene_shards.draw", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare_scenes(TINY, tmp_path / "data")
     assert list(tmp_path.iterdir()) == []

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.batches import Batch, Position, ShardOrder
-from examples.checkpoint import Checkpoints, load_tensors, save_tensors
-from examples.files import SettingsChanged, UserError, claim_directory, write_atomically
-from examples.generators import seed_generators
-from examples.health import NotFinite
-from examples.optimization import MAX_SCALE, learning_rate, parameter_groups
-from examples.settings import TrainSettings
-from examples.signals import Interrupted, StopRequest
-from examples.towers import Towers
-from examples.training import Trainer
+from examples.cc3m.batches import Batch, Position, ShardOrder
+from examples.cc3m.checkpoint import Checkpoints, load_tensors, save_tensors
+from examples.cc3m.files import SettingsChanged, UserError, claim_directory, write_atomically
+from examples.cc3m.generators import seed_generators
+from examples.cc3m.health import NotFinite
+from examples.cc3m.optimization import MAX_SCALE, learning_rate, parameter_groups
+from examples.cc3m.settings import TrainSettings
+from examples.cc3m.signals import Interrupted, StopRequest
+from examples.cc3m.towers import Towers
+from examples.cc3m.training import Trainer
 from rankloss import ClipLoss, HighOrderPLLoss
 
 WIDTH, STEPS = 4, 6

@@ -1,0 +1,1 @@
+"""Train CLIP-style models on image-text shards such as CC3M."""

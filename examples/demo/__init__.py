@@ -1,0 +1,1 @@
+"""Compare the losses on generated scenes, on a laptop."""

@@ -1,0 +1,147 @@
+"""From features to numbers: outcomes of each held-out example, their means, and what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from examples.cc3m.evaluation import (
+    match_ranks,
+    mean_and_error,
+    modality_gap,
+    recall_at,
+    spearman,
+    zero_shot_hits,
+)
+from examples.demo.scenes import ALL_PAIRS, ATTRIBUTES, UNSEEN_PAIRS, Scene, overlap
+
+Outcomes = dict[str, Tensor]
+"""Metric -> (N,) outcome of every held-out example; the gap, which has no examples, is (1,)."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is called and read."""
+
+    key: str
+    label: str
+    chance: float | None = None
+    percent: bool = True
+    compared: bool = False
+    """Whether the sentences below the table speak of it."""
+
+    def show(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
+
+    def show_difference(self, value: float, error: float) -> str:
+        scale, digits = (100, 1) if self.percent else (1, 3)
+        return f"{scale * value:+.{digits}f} ± {scale * 2 * error:.{digits}f}"
+
+
+def metrics(heldout: int, probe: int) -> list[Metric]:
+    """The table's rows, for splits of these sizes."""
+    recalls = [
+        Metric(f"{way}_r{k}", f"{label} R@{k} (%)", min(1.0, k / heldout), compared=k == 1)
+        for way, label in (("i2t", "image to text"), ("t2i", "text to image"))
+        for k in (1, 5, 10)
+    ]
+    zero_shot = [
+        Metric(f"zs_{name}", f"zero-shot {name} (%)", 1 / len(values))
+        for name, values in ATTRIBUTES.items()
+    ]
+    return [
+        *recalls,
+        Metric("correlation", "graded rank correlation", 0.0, percent=False, compared=True),
+        *zero_shot,
+        Metric("zs_mean", "zero-shot mean of the four (%)", _mean_chance(), compared=True),
+        Metric("zs_seen", "zero-shot colour + shape, seen pairs (%)", 1 / len(ALL_PAIRS)),
+        Metric("zs_unseen", "zero-shot colour + shape, unseen pairs (%)", 1 / len(ALL_PAIRS)),
+        Metric("gap", "modality gap", percent=False),
+    ]
+
+
+def _mean_chance() -> float:
+    return sum(1 / len(values) for values in ATTRIBUTES.values()) / len(ATTRIBUTES)
+
+
+def measure(features: dict[str, Tensor], heldout: list[Scene], probe: list[Scene]) -> Outcomes:
+    """Outcomes of one model.
+
+    Args:
+        features: heldout_images and heldout_texts (N, D), probe_images (M, D), and zero-shot
+            classifiers classes_<attribute> and classes_pair (C, D); all unit-norm.
+        heldout, probe: the N and M scenes.
+    """
+    images, texts = features["heldout_images"], features["heldout_texts"]
+    similarity = images @ texts.T
+    relevance = torch.from_numpy(overlap(heldout, heldout))
+    outcomes: Outcomes = {"gap": torch.tensor([modality_gap(images, texts)])}
+    for way, scores in (("i2t", similarity), ("t2i", similarity.T)):
+        ranks = match_ranks(scores)
+        outcomes |= {f"{way}_r{k}": recall_at(ranks, k).double() for k in (1, 5, 10)}
+    outcomes["correlation"] = (
+        spearman(similarity, relevance) + spearman(similarity.T, relevance)
+    ) / 2
+    return outcomes | _zero_shot(features, probe)
+
+
+def _zero_shot(features: dict[str, Tensor], probe: list[Scene]) -> Outcomes:
+    images, things = features["probe_images"], [scene.things[0] for scene in probe]
+    hits: Outcomes = {}
+    for name, values in ATTRIBUTES.items():
+        labels = torch.tensor([values.index(getattr(thing, name)) for thing in things])
+        hits[f"zs_{name}"] = zero_shot_hits(images, features[f"classes_{name}"], labels).double()
+    hits["zs_mean"] = torch.stack(list(hits.values())).mean(0)
+    labels = torch.tensor([ALL_PAIRS.index((thing.colour, thing.shape)) for thing in things])
+    pairs = zero_shot_hits(images, features["classes_pair"], labels).double()
+    unseen = torch.tensor([ALL_PAIRS[label] in UNSEEN_PAIRS for label in labels])
+    return hits | {"zs_seen": pairs[~unseen], "zs_unseen": pairs[unseen]}
+
+
+def mean_and_spread(seeds: Sequence[Tensor]) -> tuple[float, float | None]:
+    """Mean over seeds of a metric's mean, and the standard deviation between seeds if several."""
+    means = torch.stack([outcome.double().mean() for outcome in seeds])
+    return float(means.mean()), float(means.std()) if len(seeds) > 1 else None
+
+
+def difference(ours: Sequence[Tensor], base: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean paired difference and its standard error.
+
+    The error is over held-out examples for one seed (it knows nothing of other seeds), and over
+    seeds for several.
+    """
+    paired = [a.double() - b.double() for a, b in zip(ours, base, strict=True)]
+    if len(paired) == 1:
+        return mean_and_error(paired[0])
+    return mean_and_error(torch.stack([x.mean() for x in paired]))
+
+
+def sentences(label: str, ours: list[Outcomes], base: list[Outcomes], rows: list[Metric]) -> str:
+    """One line: how a model differs from CLIP, and whether it helped."""
+    parts: list[str] = []
+    verdicts: dict[str, list[str]] = {"helped": [], "hurt": [], "no clear difference": []}
+    for metric in (row for row in rows if row.compared):
+        value, error = difference([x[metric.key] for x in ours], [x[metric.key] for x in base])
+        name = metric.label.removesuffix(" (%)")
+        parts.append(f"{metric.show_difference(value, error)} {name}")
+        verdicts[_verdict(value, error)].append(name)
+    line = f"{label} vs CLIP: {'; '.join(parts)}."
+    if verdicts["helped"]:
+        line += f" Helped: {', '.join(verdicts['helped'])}."
+    if verdicts["hurt"]:
+        line += f" Hurt: {', '.join(verdicts['hurt'])}."
+    if verdicts["no clear difference"]:
+        line += f" No clear difference: {', '.join(verdicts['no clear difference'])}."
+    if not verdicts["helped"]:
+        line += " It did not help at this size."
+    return line
+
+
+def _verdict(value: float, error: float) -> str:
+    if math.isnan(error) or abs(value) <= 2 * error:
+        return "no clear difference"
+    return "helped" if value > 0 else "hurt"

@@ -1,0 +1,194 @@
+"""The demo's data set: scenes written once as webdataset shards, in img2dataset's layout.
+
+    data/manifest.json           settings, and how many samples each split has
+    data/<split>/00000.tar       000000000.jpg, 000000000.json, 000000000.txt, 000000001.jpg, ...
+    data/<split>/00000_stats.json
+
+Splits: `train` (colour-shape pairs all seen); `heldout` (several things, every scene with an
+unseen pair; families of near neighbours, so that the nearest caption is not an easy guess);
+`probe` (single things, half of them with an unseen pair, for zero-shot classification).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from PIL import Image
+
+from examples.cc3m.files import UserError, read_json, replaced_directory, write_json
+from examples.cc3m.shards import Failures, decode, read_shard
+from examples.demo.captions import caption
+from examples.demo.drawing import draw
+from examples.demo.scenes import UNSEEN_PAIRS, Scene, edit_scene, sample_scene
+
+GENERATOR = 1
+"""Raise it whenever scenes, captions or drawings change: old data are then made anew."""
+TRAIN_THINGS = (1, 2, 2, 2, 3)
+"""Numbers of things, equally likely."""
+HELDOUT_THINGS = (2, 2, 3)
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """What data to generate.
+
+    Args:
+        seed: of everything.
+        image_size: width and height in pixels.
+        train, heldout, probe: samples in each split.
+        per_shard: samples in a tar, at most 10000 (four digits of the key).
+        omit: probability of leaving an attribute out of a training caption; the others are full.
+    """
+
+    seed: int = 0
+    image_size: int = 64
+    train: int = 10240
+    heldout: int = 1024
+    probe: int = 512
+    per_shard: int = 1600
+    omit: float = 0.4
+
+    def __post_init__(self) -> None:
+        if min(self.train, self.heldout, self.probe) < 1:
+            raise ValueError("each split needs at least one sample")
+        if not 1 <= self.per_shard <= 10_000:
+            raise ValueError(f"per_shard must be 1 to 10000, got {self.per_shard}")
+        if self.image_size < 32:
+            raise ValueError(
+                f"things need image_size >= 32 to be told apart, got {self.image_size}"
+            )
+
+
+def prepare_scenes(settings: SceneSettings, directory: Path) -> dict[str, list[str]]:
+    """Generate the data unless `directory` already holds them; the shards of each split.
+
+    Raises:
+        UserError: `directory` exists and was not made by this function, so it is left alone.
+    """
+    manifest = directory / "manifest.json"
+    wanted = {"generator": GENERATOR, **asdict(settings)}
+    if directory.exists() and any(directory.iterdir()) and not manifest.exists():
+        raise UserError(f"{directory} holds other files; choose an empty folder for the scenes")
+    if not manifest.exists() or read_json(manifest)["settings"] != wanted:
+        with replaced_directory(directory) as fresh:
+            counts = {split: _write_split(fresh / split, split, settings) for split in _SPLITS}
+            write_json(fresh / "manifest.json", {"settings": wanted, "samples": counts})
+    return {
+        split: [str(tar) for tar in sorted((directory / split).glob("*.tar"))] for split in _SPLITS
+    }
+
+
+def train_scenes(settings: SceneSettings) -> Iterator[Scene]:
+    for index in range(settings.train):
+        rng = _rng(settings, "train", index)
+        yield sample_scene(rng, rng.choice(TRAIN_THINGS), unseen=False)
+
+
+def heldout_scenes(settings: SceneSettings) -> Iterator[Scene]:
+    """Distinct scenes in families: one, and copies of it in which 1, 2 and 3 facts differ."""
+    told: set[object] = set()
+    for index in itertools.count():
+        rng = _rng(settings, "heldout", index)
+        first = sample_scene(rng, rng.choice(HELDOUT_THINGS), unseen=True)
+        for scene in (first, *(edit_scene(first, rng, facts) for facts in (1, 2, 3))):
+            if scene.attributes() in told or not has_unseen_pair(scene):
+                continue
+            told.add(scene.attributes())
+            yield scene
+            if len(told) == settings.heldout:
+                return
+
+
+def probe_scenes(settings: SceneSettings) -> Iterator[Scene]:
+    for index in range(settings.probe):
+        rng = _rng(settings, "probe", index)
+        yield sample_scene(rng, 1, unseen=index % 2 == 0)
+
+
+def has_unseen_pair(scene: Scene) -> bool:
+    return any((thing.colour, thing.shape) in UNSEEN_PAIRS for thing in scene.things)
+
+
+_SPLITS = {"train": train_scenes, "heldout": heldout_scenes, "probe": probe_scenes}
+
+
+def _rng(settings: SceneSettings, *purpose: object) -> random.Random:
+    """Python seeds from a string by SHA-512: the same numbers on every platform."""
+    return random.Random("/".join(map(str, (settings.seed, *purpose))))
+
+
+def _write_split(directory: Path, split: str, settings: SceneSettings) -> int:
+    directory.mkdir()
+    scenes = enumerate(_SPLITS[split](settings))
+    total = 0
+    while chunk := list(itertools.islice(scenes, settings.per_shard)):
+        shard = total // settings.per_shard
+        samples = (
+            _sample(
+                scene, f"{shard:05d}{row:04d}", _rng(settings, split, "picture", i), split, settings
+            )
+            for row, (i, scene) in enumerate(chunk)
+        )
+        _write_shard(directory / f"{shard:05d}", samples, len(chunk))
+        total += len(chunk)
+    return total
+
+
+def _write_shard(stem: Path, samples: Iterable[dict[str, Any]], count: int) -> None:
+    with open(f"{stem}.tar", "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            tar.write(sample)
+    stats = {
+        "count": count,
+        "successes": count,
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": 0.0,
+        "status_dict": {"success": count},
+    }
+    write_json(Path(f"{stem}_stats.json"), stats)
+
+
+def _sample(
+    scene: Scene, key: str, rng: random.Random, split: str, settings: SceneSettings
+) -> dict[str, Any]:
+    text = caption(scene, rng, settings.omit if split == "train" else 0.0)
+    jpg = _jpeg(draw(scene, rng, settings.image_size))
+    size = settings.image_size
+    record = {
+        "caption": text,
+        "url": f"scene://{split}/{key}",
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": size,
+        "height": size,
+        "original_width": size,
+        "original_height": size,
+        "exif": "{}",
+        "sha256": hashlib.sha256(jpg).hexdigest(),
+        "scene": scene.to_json(),
+    }
+    return {"__key__": key, "jpg": jpg, "txt": text.encode(), "json": json.dumps(record).encode()}
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    """At full colour resolution: small things would lose theirs to chroma subsampling."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def read_pictures(shards: list[str], count: int) -> list[tuple[Image.Image, str]]:
+    """The first pictures of every fourth sample (one of each family), and their captions."""
+    samples = (sample for shard in shards for sample in read_shard(shard, Failures()))
+    return [decode(sample) for sample in itertools.islice(samples, 0, 4 * count, 4)]
