@@ -9,7 +9,7 @@ import os
 import sys
 
 COMMANDS = {
-    "cpu": "time and memory of every provider on this machine's processors (the default)",
+    "cpu": "time and memory of every provider on this machine's CPU (the default)",
     "gpu": "correctness, speed and memory on one GPU (--dry-run: on none)",
     "aot": "registers, spills, shared memory of every kernel, compiled for GPUs not here",
     "fusion": "cost of the fusion block against a ViT-B/16",
@@ -34,7 +34,7 @@ def sleep_between_parallel_regions() -> None:
     """Before torch is imported: threads that wait for others sleep instead of spinning.
 
     On a machine that has other work, a spinning thread keeps the one it waits for from running:
-    a call of half a millisecond was seen to take 150, and to burn 90 of processor time.
+    a call of half a millisecond was seen to take 150, and to burn 90 of CPU time.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

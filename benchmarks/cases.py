@@ -1,4 +1,4 @@
-"""The named cases: which order at which size, and the seeded inputs every provider gets."""
+"""The named cases: a problem at a size, and the seeded inputs every provider gets."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +14,15 @@ WIDE_ANCHORS, WIDE_PLACES, WIDE_CANDIDATES = 256, 64, 4096
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """`leaves` require a gradient. `given` does not: target scores (absent at order 0), or the
+    teacher's features."""
+
+    leaves: dict[str, Tensor]
+    given: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """N anchors rank K of M candidates under a model of some order, transition width r."""
 
@@ -25,6 +34,10 @@ class Case:
     seed: int = 0
 
     @property
+    def group(self) -> str:
+        return f"order {self.order}"
+
+    @property
     def size(self) -> str:
         if self.order == 0:
             return f"N=M={self.m}" if self.n == self.m else f"N={self.n}, M={self.m}"
@@ -34,20 +47,77 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"order {self.order}, {self.size}"
+        return f"{self.group}, {self.size}"
 
     @property
     def scores(self) -> int:
         """How many utilities the definition asks for, N x K x M."""
         return self.n * self.k * self.m
 
+    def with_at_most(self, scores: int) -> "Case":
+        """The same case with fewer anchors, so that N x K x M fits; lists keep their lengths."""
+        if self.order == 0:
+            return self
+        return replace(self, n=max(1, min(self.n, scores // (self.k * self.m))))
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
+        """Matched pairs of unit-norm embeddings, their scores, and standard-normal tables.
+
+        Drawn in float32 whatever the dtype, so that all dtypes see one problem.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        width = LATENT if self.order else FEATURES
+        shared, images, texts = torch.randn(3, self.m, width, generator=generator)
+        images, texts = normalize(shared + images, dim=1), normalize(shared + texts, dim=1)
+        if self.order == 0:
+            leaves = {"image_features": images, "text_features": texts}
+            leaves["logit_scale"] = torch.tensor(LOGIT_SCALE)
+            return Inputs(_leaves(leaves, dtype))
+        leaves = {"scores": LOGIT_SCALE * images[: self.n] @ texts.T}
+        if terms := self.order - 1:
+            rows = self.order * terms // 2
+            leaves["predecessors"] = torch.randn(rows, self.m, self.r, generator=generator)
+            keys = torch.randn(terms, self.m, self.r, generator=generator)
+            leaves["keys"] = keys * self.r**-0.5
+        targets = LOGIT_SCALE * texts[: self.n] @ images.T
+        return Inputs(_leaves(leaves, dtype), targets.to(dtype).contiguous())
+
 
 @dataclass(frozen=True)
-class Inputs:
-    """Leaves require a gradient; the target scores, absent at order 0, do not."""
+class GramCase:
+    """Features of a student and a teacher for the patches of n images."""
 
-    leaves: dict[str, Tensor]
-    targets: Tensor | None
+    n: int = 64
+    patches: int = 1024
+    student_width: int = 384
+    teacher_width: int = 768
+    seed: int = 0
+
+    group = "gram"
+
+    @property
+    def name(self) -> str:
+        widths = f"widths {self.student_width} and {self.teacher_width}"
+        return f"gram, B={self.n}, P={self.patches}, {widths}"
+
+    @property
+    def scores(self) -> int:
+        """How many similarities one side has, B x P x P."""
+        return self.n * self.patches**2
+
+    def with_at_most(self, scores: int) -> "GramCase":
+        return replace(self, n=max(1, min(self.n, scores // self.patches**2)))
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
+        generator = torch.Generator().manual_seed(self.seed)
+        widths = (self.student_width, self.teacher_width)
+        student, teacher = (
+            torch.randn(self.n, self.patches, width, generator=generator) for width in widths
+        )
+        return Inputs(_leaves({"student": student}, dtype), teacher.to(dtype))
+
+
+AnyCase = Case | GramCase
 
 
 def square_case(order: int, size: int, seed: int = 0) -> Case:
@@ -62,58 +132,13 @@ def wide_case(order: int, seed: int = 0) -> Case:
     return Case(order, WIDE_ANCHORS, WIDE_PLACES, WIDE_CANDIDATES, seed=seed)
 
 
-def cases(orders: Iterable[int], sizes: Iterable[int], wide: bool, seed: int = 0) -> list[Case]:
-    sizes = list(sizes)
+def cases(orders: Iterable[int], sizes: list[int], wide: bool, seed: int = 0) -> list[Case]:
     chosen = []
     for order in orders:
         chosen += [square_case(order, size, seed) for size in sizes]
-        if wide:
-            chosen.append(wide_case(order, seed))
+        chosen += [wide_case(order, seed)] * wide
     return chosen
 
 
-def with_at_most(case: Case, scores: int) -> Case:
-    """The same case with fewer anchors, so that N x K x M fits; the lists keep their lengths."""
-    if case.order == 0:
-        return case
-    return replace(case, n=max(1, min(case.n, scores // (case.k * case.m))))
-
-
-def make_inputs(
-    case: Case, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Inputs:
-    """Matched pairs of unit-norm embeddings, their scores, and standard-normal tables.
-
-    Drawn in float32 on the CPU whatever the dtype and device, so all of them see one problem.
-    """
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def place(x: Tensor) -> Tensor:
-        return x.to(device, dtype).contiguous()
-
-    images, texts = _pairs(case.m, LATENT if case.order else FEATURES, generator)
-    if case.order == 0:
-        leaves = {
-            "image_features": place(images),
-            "text_features": place(texts),
-            "logit_scale": place(torch.tensor(LOGIT_SCALE)),
-        }
-        return Inputs(_require_gradients(leaves), None)
-    leaves = {"scores": place(LOGIT_SCALE * images[: case.n] @ texts.T)}
-    if case.order > 1:
-        terms = case.order - 1
-        predecessors = torch.randn(case.order * terms // 2, case.m, case.r, generator=generator)
-        keys = torch.randn(terms, case.m, case.r, generator=generator) * case.r**-0.5
-        leaves |= {"predecessors": place(predecessors), "keys": place(keys)}
-    targets = place(LOGIT_SCALE * texts[: case.n] @ images.T)
-    return Inputs(_require_gradients(leaves), targets)
-
-
-def _pairs(count: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Image and text embeddings (count, width) that share half of their variance."""
-    shared, images, texts = torch.randn(3, count, width, generator=generator)
-    return normalize(shared + images, dim=1), normalize(shared + texts, dim=1)
-
-
-def _require_gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+def _leaves(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype).contiguous().requires_grad_() for name, x in tensors.items()}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import Case, Inputs, make_inputs, with_at_most
+from benchmarks.cases import AnyCase, Case, Inputs
 
 CHECK_SCORES = 512**3  # larger cases are checked with fewer anchors
 CHUNK_SCORES = 1 << 24  # float64 utilities alive at a time in the truth
@@ -35,32 +35,37 @@ class Errors:
         return self.value <= TOLERANCE and self.gradient <= TOLERANCE  # a nan is not
 
 
-def check_case(case: Case) -> Case:
-    """The case itself, or with fewer anchors where a reference would take too long."""
-    return with_at_most(case, CHECK_SCORES)
-
-
 def outcome(value: Tensor, leaves: dict[str, Tensor]) -> Outcome:
     gradients = torch.autograd.grad(value, list(leaves.values()))
     arrays = (gradient.double().numpy() for gradient in gradients)
     return Outcome(value.item(), dict(zip(leaves, arrays, strict=True)))
 
 
-def truth(case: Case) -> Outcome:
-    """The definition in float64, a few anchors at a time."""
-    inputs = make_inputs(case, torch.float64)
-    if inputs.targets is None:
-        return outcome(peers.clip(**inputs.leaves), inputs.leaves)
-    total = torch.zeros((), dtype=torch.float64)
-    sums = {name: torch.zeros_like(leaf) for name, leaf in inputs.leaves.items()}
-    step = max(1, CHUNK_SCORES // (case.k * case.m))
-    for start in range(0, case.n, step):
-        part = _loss_of_anchors(inputs, case, slice(start, start + step))
-        gradients = torch.autograd.grad(part, list(inputs.leaves.values()))
-        for sum_, gradient in zip(sums.values(), gradients, strict=True):
-            sum_ += gradient
-        total += part.detach()
-    return Outcome(total.item(), {name: sum_.numpy() for name, sum_ in sums.items()})
+def truth(case: AnyCase) -> Outcome:
+    """The definition in float64, a few anchors or images at a time."""
+    inputs = case.inputs(torch.float64)
+    step = max(1, CHUNK_SCORES * case.n // case.scores) if inputs.given is not None else case.n
+    parts = [
+        outcome(_share(case, inputs, slice(start, start + step)), inputs.leaves)
+        for start in range(0, case.n, step)
+    ]
+    sums = {name: sum(part.gradients[name] for part in parts) for name in inputs.leaves}
+    return Outcome(
+        sum(part.value for part in parts),
+        {name: np.asarray(gradient) for name, gradient in sums.items()},
+    )
+
+
+def _share(case: AnyCase, inputs: Inputs, rows: slice) -> Tensor:
+    """These anchors' part of the mean over all anchors."""
+    leaves, given = dict(inputs.leaves), inputs.given
+    if given is None:
+        return peers.clip(**leaves)
+    given, share = given[rows], len(given[rows]) / case.n
+    if isinstance(case, Case):
+        scores = leaves.pop("scores")[rows]
+        return share * peers.plackett_luce(scores, given, case.k, **leaves)
+    return share * peers.gram(leaves["student"][rows], given)
 
 
 def errors(found: Outcome, expected: Outcome) -> Errors:
@@ -70,15 +75,6 @@ def errors(found: Outcome, expected: Outcome) -> Errors:
         for name, exact in expected.gradients.items()
     ]
     return Errors(value, float(np.max(gradient)))
-
-
-def _loss_of_anchors(inputs: Inputs, case: Case, rows: slice) -> Tensor:
-    """These anchors' share of the mean over all anchors."""
-    assert inputs.targets is not None
-    scores, targets = inputs.leaves["scores"][rows], inputs.targets[rows]
-    tables = {name: leaf for name, leaf in inputs.leaves.items() if name != "scores"}
-    loss = peers.plackett_luce(scores, targets, case.k, **tables)
-    return loss * (scores.shape[0] / case.n)
 
 
 def _rms(array: NDArray[np.float64]) -> float:

@@ -1,106 +1,110 @@
-"""The CPU suite: every provider at every case, as a table, Markdown and JSON."""
+"""The CPU suite: every provider at every case, as tables and JSON; targets are judged."""
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import report
-from benchmarks.cases import Case, cases
+from benchmarks.cases import AnyCase, GramCase, cases
 from benchmarks.memory import free_bytes
 from benchmarks.output import write_whole
-from benchmarks.providers import BY_REQUEST, PROVIDERS, Provider
-from benchmarks.suite import CaseResult, Settings, run_case
-from benchmarks.summary import summary
+from benchmarks.providers import BY_REQUEST, OURS, PROVIDERS, Provider
+from benchmarks.rows import Row, from_json, to_json
+from benchmarks.suite import Settings, run_case
 from benchmarks.targets import targets
 
-ORDERS = [0, 1, 3]
-SIZES = [128, 256, 512, 1024]
+ORDERS, SIZES = [0, 1, 3], [128, 256, 512, 1024]
 
 
-def main(arguments: Sequence[str]) -> int:
-    options = parser().parse_args(arguments)
-    settings = Settings(
-        threads=options.threads,
-        rounds=3 if options.quick else options.rounds,
-        seconds=1.0 if options.quick else options.seconds,
-        memory_share=options.memory_share,
-        compile=not (options.quick or options.no_compile),
-    )
-    sizes = options.sizes or ([16] if options.quick else SIZES)
-    wide = not options.quick and options.sizes is None
-    chosen = cases(options.orders, sizes, wide, options.seed)
-    before = machine(settings)
-    results = run(chosen, chosen_providers(options.providers), settings)
-    write(results, before, options)
+def main(arguments: Sequence[str], *, gram: bool = False) -> int:
+    """Run the suite and write its results; `gram`: the cases of GramLoss instead of rankings."""
+    options = parser(gram).parse_args(arguments)
+    if options.render:
+        machine, rows = from_json(options.render.read_text())
+    else:
+        settings = Settings(
+            threads=options.threads,
+            rounds=3 if options.quick else options.rounds,
+            seconds=1.0 if options.quick else options.seconds,
+            memory_share=options.memory_share,
+            compile=not (options.quick or options.no_compile),
+        )
+        machine = this_machine(settings)
+        rows = run(chosen_cases(options, gram), chosen_providers(options.providers, gram), settings)
+    write(machine, rows, options)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(gram: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = [provider.name for provider in (*PROVIDERS, *BY_REQUEST)]
     add = parser.add_argument
-    add("--orders", type=int, nargs="+", default=ORDERS, help="orders of the ranking model")
-    add("--sizes", type=_positive, nargs="+", help="N=K=M; given, leaves out K=64, M=4096")
+    if gram:
+        add("--batch", type=_positive, default=GramCase.n, help="images")
+        add("--patches", type=_positive, default=GramCase.patches, help="patches of an image")
+    else:
+        add("--orders", type=int, nargs="+", default=ORDERS, help="orders of the ranking model")
+        add("--sizes", type=_positive, nargs="+", help="N=K=M; given, leaves out K=64, M=4096")
     add("--providers", nargs="+", choices=names, metavar="NAME", help=f"among {names}")
     add("--rounds", type=_positive, default=Settings.rounds, help="most rounds of a case")
-    add(
-        "--seconds",
-        type=float,
-        default=Settings.seconds,
-        help="about the time for one case's rounds (at least 5)",
-    )
+    add("--seconds", type=float, default=Settings.seconds, help="about the time of a case's rounds")
     add("--threads", type=_positive, default=os.cpu_count() or 1, help="torch threads of each")
     add("--memory-share", type=float, default=0.6, help="of free memory that a provider may need")
-    add("--seed", type=int, default=0, help="of the inputs")
+    add("--seed", type=int, default=0, help="seed of the inputs")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--quick", action="store_true", help="one tiny size, 3 rounds, no torch.compile")
-    add("--json", type=Path, metavar="FILE", help="write all samples there")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables there")
-    add("--summary", type=Path, metavar="FILE", help="write one small table there")
+    add("--render", type=Path, metavar="FILE", help="measure nothing: tables from that JSON")
+    for name, text in (("json", "all samples"), ("markdown", "tables"), ("summary", "small table")):
+        add(f"--{name}", type=Path, metavar="FILE", help=f"write the {text} there")
     return parser
 
 
-def chosen_providers(names: Sequence[str] | None) -> list[Provider]:
-    if names is None:
+def chosen_cases(options: argparse.Namespace, gram: bool) -> Sequence[AnyCase]:
+    if gram:
+        batch, patches = (2, 32) if options.quick else (options.batch, options.patches)
+        return [GramCase(batch, patches, seed=options.seed)]
+    sizes = options.sizes or ([16] if options.quick else SIZES)
+    return cases(options.orders, sizes, not (options.quick or options.sizes), options.seed)
+
+
+def chosen_providers(names: Sequence[str] | None, gram: bool = False) -> list[Provider]:
+    """All providers without a request; GramLoss is compared with its reference alone."""
+    if names is None and not gram:
         return list(PROVIDERS)
-    return [provider for provider in (*PROVIDERS, *BY_REQUEST) if provider.name in names]
+    return [p for p in (*PROVIDERS, *BY_REQUEST) if p.name in (names or (OURS, "reference"))]
 
 
-def run(
-    chosen: Sequence[Case], providers: Sequence[Provider], settings: Settings
-) -> list[CaseResult]:
-    """Each case's table is printed as soon as it is measured."""
+def run(chosen: Sequence[AnyCase], providers: Sequence[Provider], settings: Settings) -> list[Row]:
+    """Measure all cases; each one's table is printed as soon as it is there."""
     torch.set_num_threads(settings.threads)
-    results = []
+    rows: list[Row] = []
     for case in _with_progress(chosen):
-        results.append(run_case(case, providers, settings))
-        print(report.terminal(results[-1]) + "\n", flush=True)
-    return results
+        found = run_case(case, providers, settings)
+        print(report.terminal(found) + "\n", flush=True)
+        rows += found
+    return rows
 
 
-def write(
-    results: Sequence[CaseResult], machine: dict[str, Any], options: argparse.Namespace
-) -> None:
-    verdicts = targets(results)
+def write(machine: dict[str, Any], rows: Sequence[Row], options: argparse.Namespace) -> None:
+    verdicts = targets(rows)
     print(report.targets_text(verdicts))
-    content = report.as_json(machine, results, verdicts)
-    if options.summary:
-        write_whole(options.summary, summary(content))
-    if options.json:
-        write_whole(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    if options.markdown:
-        write_whole(options.markdown, report.markdown(machine, results, verdicts))
+    for file, write in (
+        (options.summary, report.summary),
+        (options.json, to_json),
+        (options.markdown, report.markdown),
+    ):
+        if file:
+            write_whole(file, write(machine, rows, verdicts))
 
 
-def machine(settings: Settings) -> dict[str, Any]:
+def this_machine(settings: Settings) -> dict[str, Any]:
     free = free_bytes()
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -123,16 +127,14 @@ def _processor() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def _with_progress(chosen: Sequence[Case]) -> Iterator[Case]:
-    bar: Iterable[Case] = chosen
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            bar = tqdm(chosen, unit="case", file=sys.stderr)
-    yield from bar
+def _with_progress(chosen: Sequence[AnyCase]) -> Iterable[AnyCase]:
+    """Show a progress bar where tqdm is installed; the commands need no more than torch."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return chosen
+    bar: Iterable[AnyCase] = tqdm(chosen, unit="case", file=sys.stderr, disable=None)
+    return bar
 
 
 def _positive(text: str) -> int:

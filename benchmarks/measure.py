@@ -14,7 +14,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds for one call: on the wall, and of processor time summed over all threads."""
+    """Seconds for one call: on the wall, and of CPU time summed over all threads."""
 
     wall: float
     cpu: float

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, normalize, pad
 
 
 def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -10,6 +10,12 @@ def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> 
     logits = logit_scale * image_features @ text_features.T
     matches = torch.arange(logits.shape[0], device=logits.device)
     return (cross_entropy(logits, matches) + cross_entropy(logits.T, matches)) / 2
+
+
+def gram(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosine Gram matrices of (B, P, width) features."""
+    ours, theirs = (normalize(x, dim=2) for x in (student, teacher))
+    return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
 
 
 def list_mle(scores: Tensor, targets: Tensor, k: int) -> Tensor:

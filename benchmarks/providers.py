@@ -6,6 +6,7 @@ called in the provider's own process, so imports that are optional or slow belon
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import Case, Inputs
+from benchmarks.cases import AnyCase, Case, GramCase, Inputs
 
 Loss = Callable[[], Tensor]
-Build = Callable[[Case, Inputs], Loss]
+Build = Callable[[AnyCase, Inputs], Loss]
 
 OURS = "rankloss"
 COMPILE_SCORES = 512**3  # torch.compile takes minutes and gains nothing beyond
@@ -30,53 +31,57 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """`tensors`: N x K x M float tensors alive at its peak, to foresee what cannot fit.
+    """A name, and how to build the loss.
 
-    `most_scores`: N x K x M beyond which it is not tried; `compiles`: its first call is long.
+    `groups`: a pattern of the groups of cases it takes part in. `tensors`: float tensors with one
+    element a score alive at its peak, to foresee what cannot fit. `most_scores`: beyond them it is
+    not tried. `compiles`: its first call is long.
     """
 
     name: str
     build: Build
-    lowest_order: int = 0
-    highest_order: int | None = None
+    groups: str = ".*"
     tensors: float = 0.0
     most_scores: int | None = None
     compiles: bool = False
 
-    def takes(self, case: Case) -> bool:
-        highest = case.order if self.highest_order is None else self.highest_order
-        return self.lowest_order <= case.order <= highest
+    def takes(self, case: AnyCase) -> bool:
+        return re.fullmatch(self.groups, case.group) is not None
 
-    def bytes_needed(self, case: Case) -> int:
+    def bytes_needed(self, case: AnyCase) -> int:
         return int(self.tensors * case.scores * FLOAT)
 
 
-def build_ours(case: Case, inputs: Inputs, impl: str = "auto") -> Loss:
+def build_ours(case: AnyCase, inputs: Inputs, impl: str = "auto") -> Loss:
     import rankloss
 
-    leaves, targets = inputs.leaves, inputs.targets
-    if targets is None:
+    leaves, given = inputs.leaves, inputs.given
+    if given is None:
         clip_loss = rankloss.ClipLoss()
         return lambda: clip_loss(*leaves.values())
+    if isinstance(case, GramCase):
+        return partial(rankloss.GramLoss(impl=impl), leaves["student"], given)
     transitions = None
     if case.order > 1:
         transitions = rankloss.Transitions(leaves["predecessors"], leaves["keys"])
 
     def loss() -> Tensor:
-        ranking = rankloss.rankings(targets, top_k=case.k)
+        ranking = rankloss.rankings(given, top_k=case.k)
         return rankloss.plackett_luce_nll(leaves["scores"], ranking, transitions, impl=impl)
 
     return loss
 
 
-def build_naive(case: Case, inputs: Inputs) -> Loss:
-    leaves, targets = inputs.leaves, inputs.targets
-    if targets is None:
+def build_naive(case: AnyCase, inputs: Inputs) -> Loss:
+    leaves, given = inputs.leaves, inputs.given
+    if given is None:
         return lambda: peers.clip(**leaves)
-    return lambda: peers.plackett_luce(targets=targets, k=case.k, **leaves)
+    if isinstance(case, GramCase):
+        return lambda: peers.gram(leaves["student"], given)
+    return lambda: peers.plackett_luce(targets=given, k=case.k, **leaves)
 
 
-def build_compiled_naive(case: Case, inputs: Inputs) -> Loss:
+def build_compiled_naive(case: AnyCase, inputs: Inputs) -> Loss:
     """The first call compiles: the worker's scratch folder, where caches go, starts empty."""
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or its helper processes outlive the call
@@ -98,25 +103,19 @@ def build_compiled_naive(case: Case, inputs: Inputs) -> Loss:
     return loss
 
 
-def build_list_mle(case: Case, inputs: Inputs) -> Loss:
-    scores, targets = inputs.leaves["scores"], inputs.targets
+def build_list_mle(case: AnyCase, inputs: Inputs) -> Loss:
+    scores, targets = inputs.leaves["scores"], inputs.given
+    assert isinstance(case, Case)
     assert targets is not None
     return lambda: peers.list_mle(scores, targets, case.k)
 
 
-def build_open_clip(case: Case, inputs: Inputs) -> Loss:
+def build_open_clip(case: AnyCase, inputs: Inputs) -> Loss:
     try:
         from open_clip.loss import ClipLoss
     except ImportError as error:
         raise Unavailable(f"open_clip cannot be imported: {first_line(error)}") from error
-    clip_loss = ClipLoss()
-    leaves = inputs.leaves
-
-    def loss() -> Tensor:
-        value: Tensor = clip_loss(*leaves.values())
-        return value
-
-    return loss
+    return partial(ClipLoss(), *inputs.leaves.values())
 
 
 def first_line(error: BaseException) -> str:
@@ -124,19 +123,19 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
+COMPILED = Provider(
+    "naive compiled",
+    build_compiled_naive,
+    tensors=2.5,
+    most_scores=COMPILE_SCORES,
+    compiles=True,
+)
 PROVIDERS = (
     Provider(OURS, build_ours),
     Provider("naive", build_naive, tensors=5),
-    Provider(
-        "naive compiled",
-        build_compiled_naive,
-        tensors=2.5,
-        most_scores=COMPILE_SCORES,
-        compiles=True,
-    ),
-    Provider("open_clip", build_open_clip, highest_order=0),
-    Provider("list_mle", build_list_mle, lowest_order=1, highest_order=1),
+    COMPILED,
+    Provider("open_clip", build_open_clip, "order 0"),
+    Provider("list_mle", build_list_mle, "order 1"),
 )
-BY_REQUEST = (
-    Provider("reference", partial(build_ours, impl="reference"), lowest_order=1, tensors=9),
-)
+REFERENCE = partial(build_ours, impl="reference")
+BY_REQUEST = (Provider("reference", REFERENCE, "order [1-9]|gram", tensors=9),)

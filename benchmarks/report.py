@@ -1,65 +1,57 @@
-"""Results as a terminal table, Markdown and JSON.
+"""Rows of results as a terminal table, a Markdown page and one small table.
 
-Times are milliseconds, memory is MB (1e6 bytes). A ratio is a provider's time over rankloss's in
-the same round, so above 1 rankloss is faster; quartiles over the rounds stand in brackets.
+Times are milliseconds of the forward pass, or of forward and backward; CPU time is summed over
+threads. A ratio is a provider's time over rankloss's in the same round, so above 1 rankloss is
+faster; quartiles over the rounds stand in brackets. Memory is the peak beyond the inputs, in MB
+(1e6 bytes).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
-from benchmarks.measure import Sample, Spread, paired_ratios, spread
+from benchmarks.measure import Spread, spread
 from benchmarks.providers import OURS
-from benchmarks.suite import CaseResult, Result
+from benchmarks.rows import Row, find
 from benchmarks.targets import Target
 
 COLUMNS = (
+    "case",
     "provider",
-    "forward ms",
-    "fwd+bwd ms",
-    "processor ms",
-    "time / rankloss",
-    "processor / rankloss",
-    "ns/score",
-    "peak MB",
+    "forward",
+    "both",
+    "CPU, both",
+    "over rankloss",
+    "peak",
     "first call s",
+)
+PEERS = ("open_clip", "list_mle")
+SUMMARY = ("case", "rankloss", "naive", "naive compiled", "peer", "memory", "naive's memory")
+NOTE = (
+    "Forward + backward, milliseconds: median of the rounds, in brackets the time over rankloss's "
+    "in the same round (above 1: rankloss is faster). Memory: peak beyond the inputs, MB. Peer: "
+    "open_clip's ClipLoss at order 0, exact ListMLE in plain PyTorch at order 1."
 )
 
 
-def case_title(done: CaseResult) -> str:
-    rounds = max((len(result.step) for result in done.results), default=0)
-    return (
-        f"{done.case.name} ({done.case.scores:.1e} scores; {rounds} rounds; "
-        f"checked with {done.checked_anchors} anchors)"
-    )
-
-
-def case_rows(done: CaseResult) -> list[list[str]]:
-    """One row for each provider, in the order of COLUMNS; a row of two cells says why not."""
-    ours = done.of(OURS)
-    return [_row(result, done, ours) for result in done.results]
-
-
-def _row(result: Result, done: CaseResult, ours: Result | None) -> list[str]:
-    if not result.ok:
-        return [result.provider.name, f"{result.status}: {result.detail}"]
-    step = spread(_wall(result.step))
-    peak = "?" if result.peaks is None else f"{result.peaks.live / 1e6:.1f}"
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """The texts of a row in the order of COLUMNS; three of them, the last saying why, if none."""
+    if not row.ok:
+        return [row.case, row.provider, f"{row.status}: {row.detail}"]
     return [
-        result.provider.name,
-        milliseconds(spread(_wall(result.forward))),
-        milliseconds(step),
-        milliseconds(spread(_cpu(result.step))),
-        _ratio_cell(result, ours, _wall),
-        _ratio_cell(result, ours, _cpu),
-        f"{step.median * 1e9 / done.case.scores:.2f}",
-        peak,
-        "?" if result.first_call is None else f"{result.first_call:.2f}",
+        row.case,
+        row.provider,
+        milliseconds(spread(row.forward)),
+        milliseconds(spread(row.step)),
+        milliseconds(spread(row.step_cpu)),
+        _ratio(row, find(rows, row.case, OURS)),
+        "?" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+        "?" if row.first_call_s is None else f"{row.first_call_s:.2f}",
     ]
 
 
 def milliseconds(values: Spread) -> str:
-    low, high = _short(values.low * 1e3), _short(values.high * 1e3)
-    return f"{_short(values.median * 1e3)} [{low}-{high}]"
+    return f"{_short(values.median)} [{_short(values.low)}-{_short(values.high)}]"
 
 
 def _short(value: float) -> str:
@@ -67,31 +59,24 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ratio_cell(
-    result: Result, ours: Result | None, of: Callable[[Sequence[Sample]], list[float]]
-) -> str:
+def _ratio(row: Row, ours: Row | None) -> str:
     if ours is None:
         return "-"
-    ratio = spread(paired_ratios(of(result.step), of(ours.step)))
-    return "1" if result is ours else f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]"
+    ratio = row.time_over(ours)
+    return "1" if row is ours else f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]"
 
 
-def _wall(samples: Sequence[Sample]) -> list[float]:
-    return [sample.wall for sample in samples]
-
-
-def _cpu(samples: Sequence[Sample]) -> list[float]:
-    return [sample.cpu for sample in samples]
-
-
-def terminal(done: CaseResult) -> str:
-    """A title and an aligned table."""
-    rows = [list(COLUMNS), *case_rows(done)]
-    full = [row for row in rows if len(row) == len(COLUMNS)]
-    widths = [max(len(row[i]) for row in full) for i in range(len(COLUMNS))]
-    widths[0] = max(len(row[0]) for row in rows)
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in rows]
-    return "\n".join([case_title(done), *("  " + line.rstrip() for line in lines)])
+def terminal(rows: Sequence[Row]) -> str:
+    """An aligned table of one case, under its name."""
+    lines = [cells(row, rows)[1:] for row in rows]
+    full = [list(COLUMNS[1:]), *(line for line in lines if len(line) == len(COLUMNS) - 1)]
+    widths = [max(len(line[i]) for line in full) for i in range(len(full[0]))]
+    widths[0] = max(len(row.provider) for row in rows)
+    texts = (
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False))
+        for line in (full[0], *lines)
+    )
+    return "\n".join([rows[0].case, *("  " + text.rstrip() for text in texts)])
 
 
 def targets_text(targets: Sequence[Target]) -> str:
@@ -99,94 +84,57 @@ def targets_text(targets: Sequence[Target]) -> str:
     return "\n".join(["targets", *lines])
 
 
-def markdown(machine: dict[str, Any], done: Sequence[CaseResult], targets: Sequence[Target]) -> str:
-    parts = ["# Benchmarks", "; ".join(f"{key} {value}" for key, value in machine.items())]
-    parts += [(__doc__ or "").strip()]
-    for case in done:
-        rows = [row + [""] * (len(COLUMNS) - len(row)) for row in case_rows(case)]
-        table = [list(COLUMNS), ["---"] * len(COLUMNS), *rows]
-        parts += [f"## {case_title(case)}", "\n".join(_markdown_row(row) for row in table)]
-    rows = [[t.verdict, t.name, t.measured, t.required] for t in targets]
-    table = [["", "target", "measured", "required"], ["---"] * 4, *rows]
-    parts += ["## Targets", "\n".join(_markdown_row(row) for row in table)]
+def markdown(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """A page: a table for each group of cases, then the targets."""
+    about = (__doc__ or "").partition("\n\n")[2].strip()
+    parts = ["# Benchmarks", "; ".join(f"{key} {value}" for key, value in machine.items()), about]
+    for group, members in groupby(rows, key=lambda row: row.group):
+        parts += [f"## {group}", table(COLUMNS, (cells(row, rows) for row in members))]
+    verdicts = ([t.verdict, t.name, t.measured, t.required] for t in targets)
+    parts += ["## Targets", table(("", "target", "measured", "required"), verdicts)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def summary(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """One row a case, the machine, and the targets that were missed: for the README."""
+    names = dict.fromkeys(row.case for row in rows)
+    where = (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['date']}."
+    )
+    small = table(SUMMARY, (_summary_cells(name, rows) for name in names))
+    return "\n\n".join([small, f"{NOTE} {where}", _verdict(targets)]) + "\n"
 
 
-def as_json(
-    machine: dict[str, Any], done: Sequence[CaseResult], targets: Sequence[Target]
-) -> dict[str, Any]:
-    """Everything measured, every sample included; null where there is nothing."""
-    return {
-        "version": 1,
-        "machine": machine,
-        "cases": [_json_case(case) for case in done],
-        "targets": [
-            {"name": t.name, "required": t.required, "measured": t.measured, "met": t.met}
-            for t in targets
-        ],
-    }
+def _summary_cells(name: str, rows: Sequence[Row]) -> list[str]:
+    ours, naive, compiled, *peers = (
+        find(rows, name, provider) for provider in (OURS, "naive", "naive compiled", *PEERS)
+    )
+    peer = next((row for row in peers if row), None)
+    memory = ("-" if x is None or x.peak_mb is None else f"{x.peak_mb:.1f}" for x in (ours, naive))
+    return [name, *(_time(row, ours) for row in (ours, naive, compiled, peer)), *memory]
 
 
-def _json_case(done: CaseResult) -> dict[str, Any]:
-    case, ours = done.case, done.of(OURS)
-    return {
-        "name": case.name,
-        **{name: getattr(case, name) for name in ("order", "n", "k", "m", "r", "seed", "scores")},
-        "checked_anchors": done.checked_anchors,
-        "seconds": done.seconds,
-        "providers": [_json_result(result, case.scores, ours) for result in done.results],
-    }
+def _time(row: Row | None, ours: Row | None) -> str:
+    if row is None:
+        return "-"
+    shown = _short(spread(row.step).median)
+    if ours is None or row is ours:
+        return shown
+    return f"{shown} ({row.time_over(ours).median:.2f}x)"
 
 
-def _json_result(result: Result, scores: int, ours: Result | None) -> dict[str, Any]:
-    errors, peaks = result.errors, result.peaks
-    compared = ours is not None and result.ok
-    return {
-        "provider": result.provider.name,
-        "status": result.status,
-        "detail": result.detail,
-        "first_call_s": result.first_call,
-        "value_error": errors and _finite(errors.value),
-        "gradient_error": errors and _finite(errors.gradient),
-        "forward": _json_timing(result.forward),
-        "forward_backward": _json_timing(result.step),
-        "ns_per_score": spread(_wall(result.step)).median * 1e9 / scores if result.step else None,
-        "time_over_rankloss": _json_ratio(result, ours, _wall) if compared else None,
-        "processor_over_rankloss": _json_ratio(result, ours, _cpu) if compared else None,
-        "peak_extra_mb": peaks and peaks.live / 1e6,
-        "peak_extra_resident_mb": peaks and peaks.resident / 1e6,
-    }
+def _verdict(targets: Sequence[Target]) -> str:
+    judged = [t for t in targets if t.met is not None]
+    missed = [f"{t.name}: {t.measured} ({t.required})" for t in judged if not t.met]
+    met = f"{len(judged) - len(missed)} of {len(judged)} measured targets met."
+    return " ".join([met, *(f"Missed: {each}." for each in missed)])
 
 
-def _json_timing(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    if not samples:
-        return None
-    return {
-        "wall_ms": _json_spread([1e3 * value for value in _wall(samples)]),
-        "processor_ms": _json_spread([1e3 * value for value in _cpu(samples)]),
-    }
-
-
-def _json_ratio(
-    result: Result, ours: Result | None, of: Callable[[Sequence[Sample]], list[float]]
-) -> dict[str, Any] | None:
-    return _json_spread(paired_ratios(of(result.step), of(ours.step))) if ours else None
-
-
-def _json_spread(values: list[float]) -> dict[str, Any]:
-    s = spread(values)
-    return {
-        "median": s.median,
-        "first_quartile": s.low,
-        "third_quartile": s.high,
-        "min": s.least,
-        "samples": values,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; short rows are filled with empty cells."""
+    filled = ([*row, *[""] * (len(header) - len(row))] for row in rows)
+    lines = (header, ["---"] * len(header), *filled)
+    return "\n".join(
+        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
+    )

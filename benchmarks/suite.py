@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.check import Errors, Outcome, check_case, errors, truth
+from benchmarks.cases import AnyCase
+from benchmarks.check import CHECK_SCORES, Outcome, errors, truth
 from benchmarks.measure import Sample
 from benchmarks.memory import free_bytes
 from benchmarks.providers import Provider, Unavailable
+from benchmarks.rows import Row
 from benchmarks.worker import Checked, Peaks, Worker, WorkerFailed
 
 LEAST_ROUNDS = 5
-
-Status = Literal["ok", "skipped", "failed", "wrong"]
 
 
 @dataclass(frozen=True)
@@ -29,74 +28,38 @@ class Settings:
     compile: bool = True
 
 
-@dataclass
-class Result:
-    """What is known of one provider at one case; samples are paired by round across providers."""
-
-    provider: Provider
-    status: Status = "ok"
-    detail: str = ""
-    first_call: float | None = None  # seconds
-    errors: Errors | None = None
-    forward: list[Sample] = field(default_factory=list)
-    step: list[Sample] = field(default_factory=list)
-    peaks: Peaks | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok"
-
-    def give_up(self, status: Status, detail: str) -> None:
-        self.status, self.detail = status, detail
-        self.forward, self.step, self.peaks = [], [], None
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    case: Case
-    checked_anchors: int  # how many of the N anchors the check had
-    results: list[Result]
-    seconds: float
-
-    def of(self, name: str) -> Result | None:
-        """The named provider's result if it was measured."""
-        return next((r for r in self.results if r.provider.name == name and r.ok), None)
-
-
 @dataclass(frozen=True)
 class _Contender:
-    """A result and the worker that fills it; a failure ends this one only."""
+    """A row and the worker that fills it; a failure ends this one only."""
 
-    result: Result
+    row: Row
     worker: Worker
     timeout: float
 
     def ask(self, request: str, *arguments: object) -> Any:
-        """The answer, or None once the contender is out."""
-        if not self.result.ok:
+        """Return the answer, or None once the contender is out."""
+        if not self.row.ok:
             return None
         try:
             return self.worker.ask(self.timeout, request, *arguments)
         except Unavailable as reason:
-            self.result.give_up("skipped", str(reason))
+            self.row.give_up("skipped", str(reason))
         except WorkerFailed as reason:
-            self.result.give_up("failed", str(reason))
+            self.row.give_up("failed", str(reason))
         return None
 
 
-def run_case(case: Case, providers: Sequence[Provider], settings: Settings) -> CaseResult:
-    start = time.perf_counter()
-    results = [Result(provider) for provider in providers if provider.takes(case)]
-    for result in results:
-        reason = reason_to_skip(result.provider, case, settings)
-        if reason:
-            result.give_up("skipped", reason)
-    contenders = [
-        _Contender(result, Worker(result.provider.build, settings.threads), settings.timeout)
-        for result in results
-        if result.ok
-    ]
-    checked = check_case(case)
+def run_case(case: AnyCase, providers: Sequence[Provider], settings: Settings) -> list[Row]:
+    rows, contenders = [], []
+    checked = case.with_at_most(CHECK_SCORES)
+    for provider in (p for p in providers if p.takes(case)):
+        row = Row(case.group, case.name, case.scores, provider.name, checked=checked.n)
+        rows.append(row)
+        if reason := reason_to_skip(provider, case, settings):
+            row.give_up("skipped", reason)
+        else:
+            worker = Worker(provider.build, settings.threads)
+            contenders.append(_Contender(row, worker, settings.timeout))
     try:
         _check(contenders, checked)
         _time(contenders, case, settings)
@@ -104,10 +67,10 @@ def run_case(case: Case, providers: Sequence[Provider], settings: Settings) -> C
     finally:
         for contender in contenders:
             contender.worker.stop()
-    return CaseResult(case, checked.n, results, time.perf_counter() - start)
+    return rows
 
 
-def reason_to_skip(provider: Provider, case: Case, settings: Settings) -> str | None:
+def reason_to_skip(provider: Provider, case: AnyCase, settings: Settings) -> str | None:
     if provider.compiles and not settings.compile:
         return "compilation was left out by request"
     if provider.most_scores is not None and case.scores > provider.most_scores:
@@ -121,42 +84,46 @@ def reason_to_skip(provider: Provider, case: Case, settings: Settings) -> str | 
     return None
 
 
-def _check(contenders: Sequence[_Contender], case: Case) -> None:
+def _check(contenders: Sequence[_Contender], case: AnyCase) -> None:
     expected: Outcome | None = None
     for contender in contenders:
         checked: Checked | None = contender.ask("check", case)
         if checked is None:
             continue
         expected = expected or truth(case)
-        result = contender.result
-        result.first_call = checked.seconds
-        result.errors = errors(checked.outcome, expected)
-        if not result.errors.acceptable:
-            found = f"value {result.errors.value:.1e}, gradient {result.errors.gradient:.1e}"
-            result.give_up("wrong", f"relative error: {found}; not timed")
+        found, row = errors(checked.outcome, expected), contender.row
+        row.first_call_s = checked.seconds
+        row.value_error, row.gradient_error = found.value, found.gradient
+        if not found.acceptable:
+            text = f"value {found.value:.1e}, gradient {found.gradient:.1e}"
+            row.give_up("wrong", f"relative error: {text}; not timed")
 
 
-def _time(contenders: Sequence[_Contender], case: Case, settings: Settings) -> None:
+def _time(contenders: Sequence[_Contender], case: AnyCase, settings: Settings) -> None:
     for contender in contenders:
         contender.ask("warm_up", case)
     start, done, rounds = time.perf_counter(), 0, settings.rounds
     while done < rounds:
-        for contender in _rotated(contenders, done):
+        first = done % max(1, len(contenders))  # each round another one goes first
+        for contender in (*contenders[first:], *contenders[:first]):
             forward, step = contender.ask("sample", "forward"), contender.ask("sample", "step")
-            if contender.result.ok:
-                contender.result.forward.append(forward)
-                contender.result.step.append(step)
+            if contender.row.ok:
+                _append(contender.row, forward, step)
         done += 1
         one_round = (time.perf_counter() - start) / done
         rounds = min(settings.rounds, max(LEAST_ROUNDS, int(settings.seconds / one_round)))
 
 
-def _rotated(contenders: Sequence[_Contender], by: int) -> Sequence[_Contender]:
-    """Each round another one goes first."""
-    by %= max(1, len(contenders))
-    return [*contenders[by:], *contenders[:by]]
+def _append(row: Row, forward: Sample, step: Sample) -> None:
+    row.forward.append(1e3 * forward.wall)
+    row.forward_cpu.append(1e3 * forward.cpu)
+    row.step.append(1e3 * step.wall)
+    row.step_cpu.append(1e3 * step.cpu)
 
 
 def _measure_memory(contenders: Sequence[_Contender]) -> None:
     for contender in contenders:
-        contender.result.peaks = contender.ask("peaks")
+        peaks: Peaks | None = contender.ask("peaks")
+        if peaks is not None:
+            contender.row.peak_mb = peaks.live / 1e6
+            contender.row.resident_mb = peaks.resident / 1e6

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, make_inputs
+from benchmarks.cases import AnyCase
 from benchmarks.check import Outcome, outcome
 from benchmarks.measure import Sample, processor_clock, repeats_to_last
-from benchmarks.memory import peak_extra_bytes, peak_live_bytes
+from benchmarks.memory import can_measure, peak_extra_bytes, peak_live_bytes
 from benchmarks.providers import Build, Unavailable, first_line
 
 SAMPLE_SECONDS = 0.02  # shorter calls are repeated within one sample
@@ -30,7 +30,7 @@ class WorkerFailed(Exception):
 
 @dataclass(frozen=True)
 class Checked:
-    """First call's seconds, compilation included, and what it returned."""
+    """First call's seconds, compilation included, and its result."""
 
     seconds: float
     outcome: Outcome
@@ -60,7 +60,7 @@ class Worker:
         theirs.close()  # so that a dead worker ends the conversation
 
     def ask(self, timeout: float, request: str, *arguments: object) -> Any:
-        """The answer, or Unavailable or WorkerFailed. `timeout` is in seconds."""
+        """Return the answer, or raise Unavailable or WorkerFailed. `timeout` is in seconds."""
         try:
             self._connection.send((request, arguments))
             if not self._connection.poll(timeout):
@@ -110,21 +110,20 @@ def _serve(connection: Connection, build: Build, threads: int, scratch: str) -> 
 
 
 class _Session:
-    """The worker's end: what it may be asked."""
+    """The worker's end: the questions it answers."""
 
     def __init__(self, build: Build) -> None:
         self._build = build
-        self._case: Case | None = None
+        self._case: AnyCase | None = None
         self._repeats = {"forward": 1, "step": 1}
 
-    def check(self, case: Case) -> Checked:
+    def check(self, case: AnyCase) -> Checked:
         self._load(case)
         start = time.perf_counter()
-        value = self._loss()
-        result = outcome(value, self._leaves)
+        result = outcome(self._loss(), self._leaves)
         return Checked(time.perf_counter() - start, result)
 
-    def warm_up(self, case: Case) -> None:
+    def warm_up(self, case: AnyCase) -> None:
         self._load(case)
         for name in self._repeats:
             self._repeats[name] = repeats_to_last(SAMPLE_SECONDS, self._call(name))
@@ -133,17 +132,17 @@ class _Session:
         """One timing of "forward", recording for backward as in training, or of "step"."""
         return processor_clock(self._call(name), self._repeats[name])
 
-    def peaks(self) -> Peaks:
+    def peaks(self) -> Peaks | None:
+        if not can_measure():
+            return None
         resident = peak_extra_bytes(self._step)
         return Peaks(live=peak_live_bytes(self._step), resident=resident)
 
-    def _load(self, case: Case) -> None:
-        if case == self._case:
-            return
-        inputs = make_inputs(case)
-        self._leaves = inputs.leaves
-        self._loss = self._build(case, inputs)
-        self._case = case
+    def _load(self, case: AnyCase) -> None:
+        if case != self._case:
+            inputs = case.inputs()
+            self._leaves, self._loss = inputs.leaves, self._build(case, inputs)
+            self._case = case
 
     def _call(self, name: str) -> Callable[[], object]:
         return {"forward": self._loss, "step": self._step}[name]

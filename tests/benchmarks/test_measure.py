@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.cases import Case, Inputs, square_case
+from benchmarks.cases import AnyCase, Inputs, square_case
 from benchmarks.measure import (
     Sample,
     Spread,
@@ -16,7 +16,7 @@ from benchmarks.measure import (
     repeats_to_last,
     spread,
 )
-from benchmarks.memory import _sampled_peak, free_bytes, peak_extra_bytes
+from benchmarks.memory import free_bytes, peak_extra_bytes
 from benchmarks.providers import Loss
 from benchmarks.worker import Peaks, Worker
 
@@ -70,18 +70,7 @@ def test_peak_sees_a_temporary_and_not_what_was_freed_before() -> None:
     assert peak_extra_bytes(lambda: None) < 10e6
 
 
-def test_sampled_peak_sees_a_temporary() -> None:
-    pytest.importorskip("psutil")
-
-    def hold() -> None:
-        kept = torch.ones(BIG)
-        time.sleep(0.3)
-        del kept
-
-    assert 150e6 < _sampled_peak(hold) < 250e6
-
-
-def build_one_after_another(case: Case, inputs: Inputs) -> Loss:
+def build_one_after_another(case: AnyCase, inputs: Inputs) -> Loss:
     """Ten temporaries of 20 MB, each freed before the next."""
 
     def loss() -> torch.Tensor:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import check
-from benchmarks.cases import Case, cases, make_inputs, square_case, wide_case, with_at_most
+from benchmarks import check, targets
+from benchmarks.cases import AnyCase, Case, GramCase, cases, square_case, wide_case
 from benchmarks.check import Outcome, errors, outcome, truth
 from benchmarks.providers import BY_REQUEST, PROVIDERS, Provider, Unavailable
 
-SMALL = [
+SMALL: list[AnyCase] = [
     Case(0, 9, 1, 9),
     Case(1, 12, 12, 12),
     Case(1, 5, 3, 11),
@@ -19,6 +19,7 @@ SMALL = [
     Case(3, 5, 3, 11, r=4),
     Case(4, 4, 7, 9, r=4),
     Case(3, 4, 1, 6, r=4),  # a single place has no predecessor
+    GramCase(3, 10, 4, 6),
 ]
 UNCOMPILED = [p for p in (*PROVIDERS, *BY_REQUEST) if not p.compiles]
 PAIRS = [
@@ -29,8 +30,8 @@ PAIRS = [
 ]
 
 
-def answer(provider: Provider, case: Case) -> Outcome:
-    inputs = make_inputs(case)
+def answer(provider: Provider, case: AnyCase) -> Outcome:
+    inputs = case.inputs()
     try:
         loss = provider.build(case, inputs)
     except Unavailable as reason:
@@ -39,7 +40,7 @@ def answer(provider: Provider, case: Case) -> Outcome:
 
 
 @pytest.mark.parametrize(("provider", "case"), PAIRS)
-def test_value_and_gradients_agree_with_the_definition(provider: Provider, case: Case) -> None:
+def test_value_and_gradients_agree_with_the_definition(provider: Provider, case: AnyCase) -> None:
     found = errors(answer(provider, case), truth(case))
     assert found.value < 1e-5
     assert found.gradient < 1e-5
@@ -47,10 +48,10 @@ def test_value_and_gradients_agree_with_the_definition(provider: Provider, case:
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_the_truth_does_not_depend_on_its_chunks(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: AnyCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = truth(case)
-    monkeypatch.setattr(check, "CHUNK_SCORES", 2 * case.k * case.m)
+    monkeypatch.setattr(check, "CHUNK_SCORES", 2 * case.scores // case.n)
     found = errors(truth(case), whole)
     assert found.value < 1e-13
     assert found.gradient < 1e-13
@@ -68,13 +69,13 @@ def test_a_wrong_value_or_gradient_is_unacceptable(spoiled: float) -> None:
 
 def test_inputs_are_seeded_and_fewer_anchors_are_the_first_ones() -> None:
     case = square_case(3, 16, seed=3)
-    whole, again, fewer = (make_inputs(c) for c in (case, case, with_at_most(case, 4 * 16 * 16)))
+    whole, again, fewer = (c.inputs() for c in (case, case, case.with_at_most(4 * 16 * 16)))
     for name, leaf in whole.leaves.items():
         assert torch.equal(leaf, again.leaves[name])
     assert torch.equal(fewer.leaves["scores"], whole.leaves["scores"][:4])
     assert torch.equal(fewer.leaves["keys"], whole.leaves["keys"])
     assert whole.leaves["predecessors"].shape == (3, 16, 32)
-    other = make_inputs(square_case(3, 16, seed=4))
+    other = square_case(3, 16, seed=4).inputs()
     assert not torch.equal(whole.leaves["scores"], other.leaves["scores"])
 
 
@@ -83,3 +84,4 @@ def test_the_default_cases_are_the_promised_ones() -> None:
     assert len(chosen) == len({case.name for case in chosen}) == 15
     assert (wide_case(3).k, wide_case(3).m) == (64, 4096)
     assert square_case(3, 512).scores == 512**3
+    assert GramCase().name == targets.GRAM
