@@ -1,0 +1,162 @@
+"""ALIP: CLIP on raw and on synthetic captions, each pair weighted by how well it fits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloss.checks import as_scalar, check_features
+from rankloss.distributed import GlobalBatch, gather_batch, gather_with_gradient, processes
+from rankloss.scores import cross_modal_scores
+
+
+class ALIPLoss(nn.Module):
+    """ALIP: images against their raw texts and against synthetic captions, good pairs first.
+
+    Of sample i with image x, raw text t and synthetic caption c, three similarities S_tc, S_xt and
+    S_xc are compared with their running means H over the data so far:
+
+        W_s = min(1, exp(g_s (S_tc - H_tc)))          sample: do both texts say the same?
+        W_t = exp(g_p (S_xt - H_xt)) if W_s < 1 else 1      pair: which text fits the image?
+        W_c = exp(g_p (S_xc - H_xc)) if W_s < 1 else 1
+        L   = mean_i W_s W_t CLIP_i(x, t)  +  mean_i W_s W_c CLIP_i(x, c)
+
+    CLIP_i is the mean of the cross-entropies image to text and text to image of pair i. The means
+    move before they are used, H <- m H + (1 - m) mean(S) with the mean over the global batch, and
+    start at 1, so that nearly every sample counts little in the first 1 / (1 - m) steps. Weights
+    carry no gradient and may exceed 1. Source: Yang et al. 2023, equations 1 to 6, in the
+    published code's form: means over samples and half of both directions, where the paper sums.
+    The running means are in `state_dict` (the published code forgets them when training resumes),
+    and weights belong to this process's own samples.
+
+    Each process scores its own pairs against all candidates, gathered with gradient: under DDP's
+    averaging the gradient is the global batch's at any world size.
+
+    Args:
+        sample_gamma, pair_gamma: g_s and g_p, sharpness of the two weights; 2 in the paper.
+        momentum: m, in [0, 1).
+        accum_freq: forwards to an optimizer step. The means move once a step, by the mean over its
+            forwards, whether these see parts of a batch or, as in open_clip, the batch each time.
+            Only forwards in training mode count.
+        rank, world_size: None takes the process group's at each forward; given values must match.
+
+    Attributes:
+        means: (3,) float64, the running means H of S_tc, S_xt and S_xc.
+
+    Raises:
+        ValueError: a gamma is negative, momentum is outside [0, 1), or accum_freq < 1.
+
+    >>> import torch
+    >>> from rankloss import ALIPLoss
+    >>> image, text, caption = torch.eye(3, 8), torch.eye(3, 8), torch.eye(3, 8)
+    >>> loss = ALIPLoss()
+    >>> parts = loss(image, text, 10.0, caption_features=caption, output_dict=True)
+    >>> sorted(parts), loss.means.tolist()  # matches are perfect: the means stay at 1
+    (['caption_loss', 'contrastive_loss'], [1.0, 1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_gamma: float = 2.0,
+        pair_gamma: float = 2.0,
+        momentum: float = 0.99,
+        accum_freq: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if sample_gamma < 0 or pair_gamma < 0 or not 0 <= momentum < 1 or accum_freq < 1:
+            raise ValueError(
+                "ALIPLoss: need sample_gamma and pair_gamma >= 0, momentum in [0, 1) and "
+                f"accum_freq >= 1, got {sample_gamma}, {pair_gamma}, {momentum} and {accum_freq}"
+            )
+        self.sample_gamma, self.pair_gamma = sample_gamma, pair_gamma
+        self.momentum, self.accum_freq = momentum, accum_freq
+        self.rank, self.world_size = rank, world_size
+        self.means: Tensor
+        self.pending: Tensor
+        self.forwards: Tensor
+        self.register_buffer("means", torch.ones(3, dtype=torch.float64))
+        self.register_buffer("pending", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        caption_features: Tensor,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of this process's triplets.
+
+        Args:
+            image_features, text_features, logit_scale: as in `SigLipLoss.forward`; the texts are
+                the raw ones.
+            logit_bias: added to the logits.
+            caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
+            output_dict: return {"contrastive_loss", "caption_loss"}, of raw texts and of
+                captions, whose sum is the loss.
+
+        Raises:
+            TypeError, ValueError: as `SigLipLoss.forward`.
+        """
+        check_features(image_features, text_features, None)
+        check_features(image_features, caption_features, None)
+        scale = as_scalar("logit_scale", logit_scale, image_features)
+        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
+        group = processes(self.rank, self.world_size)
+        texts = gather_batch(
+            image_features, text_features, group, local_loss=True, gather_with_grad=True
+        ).in_full_precision()
+        gathered = gather_with_gradient(caption_features, group).to(texts.images.dtype)
+        captions = texts._replace(text_anchors=caption_features.to(gathered.dtype), texts=gathered)
+        text_weights, caption_weights = self._weights(texts, captions)
+        contrastive = _weighted_clip(texts, scale, bias, text_weights)
+        caption = _weighted_clip(captions, scale, bias, caption_weights)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "caption_loss": caption}
+        return contrastive + caption
+
+    @torch.no_grad()
+    def _weights(self, texts: GlobalBatch, captions: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """(n,) weights W_s W_t and W_s W_c of this process's samples; moves the means."""
+        x, t, c = texts.images, texts.texts, captions.texts
+        similarities = torch.stack([(a * b).sum(1) for a, b in ((t, c), (x, t), (x, c))])  # (3, M)
+        means = self._moved_means(similarities.double())
+        similarities = similarities[:, texts.labels] - means[:, None].to(similarities.dtype)
+        sample = (self.sample_gamma * similarities[0]).exp().clamp(max=1.0)
+        pair = (self.pair_gamma * similarities[1:]).exp()
+        weights = sample * torch.where(sample < 1, pair, 1.0)
+        return weights[0], weights[1]
+
+    def _moved_means(self, similarities: Tensor) -> Tensor:
+        """Means to use with (3, M) similarities; `means` itself moves at the end of a step."""
+        if not self.training or similarities.shape[1] == 0:
+            return self.means
+        pending, forwards = self.pending + similarities.mean(1), self.forwards + 1
+        moved = self.momentum * self.means + (1 - self.momentum) * pending / forwards
+        done = forwards == self.accum_freq
+        self.means.copy_(torch.where(done, moved, self.means))
+        self.pending.copy_(torch.where(done, 0.0, pending))
+        self.forwards.copy_(torch.where(done, 0, forwards))
+        return moved
+
+    def extra_repr(self) -> str:
+        return (
+            f"sample_gamma={self.sample_gamma:g}, pair_gamma={self.pair_gamma:g}, "
+            f"momentum={self.momentum:g}, accum_freq={self.accum_freq}"
+        )
+
+
+def _weighted_clip(
+    batch: GlobalBatch, scale: Tensor, bias: Tensor | None, weights: Tensor
+) -> Tensor:
+    """Mean over anchors of weight x CLIP's loss of the pair; 0 for an empty batch."""
+    terms = [
+        F.cross_entropy(scores if bias is None else scores + bias, batch.labels, reduction="none")
+        for scores in cross_modal_scores(batch, scale)
+    ]
+    return 0.5 * (weights * (terms[0] + terms[1])).sum() / max(len(weights), 1)
