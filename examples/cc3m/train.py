@@ -166,8 +166,8 @@ class Run:
             teacher_grid=None if self.features is None else self.features.grid,
         ).to(self.parallel.device)
 
-    def train(self, stop: StopRequest) -> None:
-        """To the end.
+    def train(self, stop: StopRequest) -> Trainer:
+        """Train to the end; return what was trained, with its history.
 
         Raises:
             Interrupted: asked to stop, after saving.
@@ -200,6 +200,7 @@ class Run:
 
         trainer.fit(settings.recipe.label, stop, evaluate)
         self._finish(trainer, log)
+        return trainer
 
     def _log(self, trainer: Trainer) -> RunLog | None:
         if not self.parallel.first:
