@@ -1,6 +1,7 @@
 """Plackett-Luce ranking losses for CLIP-style pretraining."""
 
 from rankloss.alip import ALIPLoss
+from rankloss.attachment import attach, export
 from rankloss.contrastive import CyCLIPLoss, SigLipLoss
 from rankloss.distillation import (
     GramAnchor,
@@ -33,6 +34,8 @@ __all__ = [
     "SigLipLoss",
     "TransitionHeads",
     "Transitions",
+    "attach",
+    "export",
     "plackett_luce_nll",
     "rankings",
 ]
