@@ -1,11 +1,5 @@
 """Teacher, student, and the layers that bring features into an embedding; they know no loss."""
 
-if __name__ != "rankloss.fusion":
-    raise ImportError(
-        "this folder is installed and imported as `rankloss.fusion`; "
-        "importing it by another name would load a second copy of its layers"
-    )
-
 from rankloss.fusion.attention import ChannelSpatialAttention
 from rankloss.fusion.gate import ConflictAwareGate
 from rankloss.fusion.injection import (

@@ -18,11 +18,12 @@ class FusionOutput(NamedTuple):
 
     Attributes:
         embedding: (B, D) unit-norm.
-        gate: (B, D) in (0, 1); its mean absolute value is the gate penalty. All ones without gate.
+        gate: (B, D) in (0, 1), whose mean absolute value is the gate penalty; None without gate,
+            and then there is no penalty.
     """
 
     embedding: Tensor
-    gate: Tensor
+    gate: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class MultiScaleFusion(nn.Module):
         _check_embeddings(embedding, features, partner, self.embed_dim)
         residual = self.residual(features, mask).to(embedding.dtype)
         if self.gate is None:
-            gate, step = residual.new_ones(residual.shape), tangent(residual, embedding)
+            gate, step = None, tangent(residual, embedding)
         else:
             gate = self.gate(embedding.detach(), residual)  # a penalty on it spares the trunk
             step = tangent(gate * residual, embedding)

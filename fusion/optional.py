@@ -1,48 +1,29 @@
 """Packages that only some users need, imported when they are first used."""
 
 import importlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+EXTRAS = {"transformers": "transformers", "open_clip": "open_clip"}
+"""Extra of this project that installs a package; `distill` for all others."""
 
 
 def require(module: str) -> Any:
-    """Import a package of the `distill` extra.
+    """Import an optional package, or a module of it.
+
+    Args:
+        module: dotted name, for example "safetensors.torch".
 
     Raises:
         ImportError: it is missing; says how to install it.
+
+    Example:
+        >>> require("json").dumps([1])
+        '[1]'
     """
     try:
-        with _without_own_folders():
-            return importlib.import_module(module)
+        return importlib.import_module(module)
     except ImportError as error:
+        extra = EXTRAS.get(module.split(".")[0], "distill")
         raise ImportError(
-            f"{module} cannot be imported ({error}); `pip install 'rankloss[distill]'` installs "
-            "what distillation needs"
+            f"{module} cannot be imported ({error}); `pip install 'rankloss[{extra}]'` installs it"
         ) from error
-
-
-@contextmanager
-def _without_own_folders() -> Iterator[None]:
-    """Hide this repository's folder `kernels` from packages that look for one of that name.
-
-    transformers imports a package `kernels` if it finds one. With the root of a checkout on
-    sys.path (`python -m pytest`, scripts run there) it would find ours, which refuses that name.
-    """
-    name = "kernels"
-    if name in sys.modules:
-        yield
-        return
-    spec = importlib.util.find_spec(name)
-    ours = Path(__file__).resolve().parents[1] / name / "__init__.py"
-    if spec is None or spec.origin is None or Path(spec.origin).resolve() != ours:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # "there is no such package"
-    try:
-        yield
-    finally:
-        del sys.modules[name]

@@ -110,18 +110,32 @@ class TextBranch(nn.Module):
         ended = text_ids == self.end_token
         return (ended.cumsum(1) - ended.long()) == 0
 
-    def forward(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 with L <= context_length -> (B, L, token_dim), and the mask (B, L).
+    def forward(self, text_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode texts as tokens, and say which tokens are real.
+
+        Args:
+            text_ids: (B, L) int64, L <= context_length.
+            mask: (B, L) bool, True for real tokens; None asks the end token.
+
+        Returns:
+            Tokens (B, L, token_dim), 0 where the mask (B, L) is False, and the mask.
 
         Raises:
             ValueError: another shape, or too long.
+            TypeError: the mask is not bool.
         """
         if text_ids.dim() != 2 or not 1 <= text_ids.shape[1] <= self.context_length:
             raise ValueError(
                 f"DualBranchStudent: text_ids must be (B, L) with L at most {self.context_length}, "
                 f"got {tuple(text_ids.shape)}"
             )
-        mask = self.mask(text_ids)
+        if mask is None:
+            mask = self.mask(text_ids)
+        elif mask.dtype != torch.bool or mask.shape != text_ids.shape:
+            raise (TypeError if mask.dtype != torch.bool else ValueError)(
+                f"DualBranchStudent: text_mask must be bool (B, L) = {tuple(text_ids.shape)}, got "
+                f"{mask.dtype} {tuple(mask.shape)}"
+            )
         tokens = self.words(text_ids) + self.positions[: text_ids.shape[1]]
         tokens = self.to_tokens(self.trunk(tokens, src_key_padding_mask=~mask))
         return tokens * mask[:, :, None], mask
@@ -169,9 +183,17 @@ class DualBranchStudent(nn.Module):
         )
 
     def forward(
-        self, images: Tensor | None = None, text_ids: Tensor | None = None
+        self,
+        images: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> StudentTokens:
-        """Tokens of images (B, 3, H, W) and of tokenized texts (B, L); either may be left out.
+        """Encode images, texts, or both as tokens.
+
+        Args:
+            images: (B, 3, H, W) floating.
+            text_ids: (B, L) int64.
+            text_mask: (B, L) bool, True for real tokens; None asks the end token.
 
         Raises:
             ValueError: an input for a branch that does not exist, or of the wrong shape.
@@ -187,7 +209,7 @@ class DualBranchStudent(nn.Module):
             tokens, grid = self.image(images)
             output = output._replace(image=tokens, grid=grid)
         if self.text is not None and text_ids is not None:
-            tokens, mask = self.text(text_ids)
+            tokens, mask = self.text(text_ids, text_mask)
             output = output._replace(text=tokens, text_mask=mask)
         return output
 

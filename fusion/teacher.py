@@ -154,8 +154,6 @@ def _build_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modu
 
 
 def _build_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    # Asked once while `require` hides our folder `kernels`; transformers remembers the answer.
-    require("transformers.activations")
     transformers = require("transformers")
     model: nn.Module
     if pretrained:

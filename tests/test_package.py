@@ -10,13 +10,15 @@ from types import ModuleType
 import pytest
 
 import rankloss
+import rankloss.distillation
 import rankloss.fusion
 import rankloss.kernels
 
-PACKAGES = (rankloss, rankloss.kernels, rankloss.fusion)
+PACKAGES = (rankloss, rankloss.distillation, rankloss.kernels, rankloss.fusion)
 # a package may import from itself and from these
 ALLOWED = {
-    "rankloss": {"rankloss.kernels", "rankloss.fusion"},
+    "rankloss": {"rankloss.distillation", "rankloss.kernels", "rankloss.fusion"},
+    "rankloss.distillation": {"rankloss", "rankloss.kernels"},
     "rankloss.kernels": set(),
     "rankloss.fusion": set(),
 }
@@ -69,8 +71,14 @@ def test_no_module_imports_examples_or_benchmarks() -> None:
         assert "import examples" not in text
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def run(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    """Run code in the checkout's root, which `-c` puts first on sys.path."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
 
 
 def test_imports_and_computes_without_triton() -> None:
@@ -84,32 +92,51 @@ def test_imports_and_computes_without_triton() -> None:
     assert float(result.stdout) >= 0
 
 
-@pytest.mark.parametrize("module", ["triton", "einops", "open_clip", "webdataset", "matplotlib"])
-def test_import_does_not_load(module: str) -> None:
+def test_import_loads_no_optional_package() -> None:
+    """Nor einops and Triton, which only some functions need."""
     result = run(
-        f"import sys, torch; before = {module!r} in sys.modules\n"
-        f"import rankloss; print(before or {module!r} not in sys.modules)"
+        "import sys, torch; before = set(sys.modules)\n"
+        "import rankloss; print(*(name for name in set(sys.modules) - before if '.' not in name))"
     )
-    assert result.stdout.strip() == "True", result.stderr
+    optional = {"open_clip", "transformers", "timm", "huggingface_hub", "safetensors", "sklearn"}
+    new = set(result.stdout.split())
+    assert "rankloss" in new, result.stderr
+    assert new.isdisjoint(optional | {"triton", "einops", "webdataset", "matplotlib"})
 
 
-def test_fusion_refuses_to_be_a_second_copy() -> None:
-    parent = Path(rankloss.__file__).parent
-    result = run(f"import sys; sys.path.insert(0, {str(parent)!r}); import fusion")
-    assert result.returncode != 0
-    assert "imported as `rankloss.fusion`" in result.stderr
-
-
-@pytest.mark.parametrize("first", ["kernels", "rankloss.kernels"])
-def test_a_bare_import_of_kernels_gives_the_same_objects(first: str) -> None:
+@pytest.mark.parametrize("package", ["kernels", "fusion"])
+@pytest.mark.parametrize("parent", ["", "rankloss."])
+def test_a_bare_import_gives_the_same_objects(package: str, parent: str) -> None:
     """Other packages probe for one called `kernels`, and find the folder from a checkout's root."""
-    parent = Path(rankloss.__file__).parent
+    folder = Path(rankloss.__file__).parent
     result = run(
-        f"import sys; sys.path.insert(0, {str(parent)!r}); import {first}\n"
-        "import kernels, rankloss.kernels\n"
-        "print(all(getattr(kernels, x) is getattr(rankloss.kernels, x) for x in kernels.__all__))"
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import {parent}{package}\n"
+        f"import {package} as bare, rankloss.{package} as ours\n"
+        "print(all(getattr(bare, x) is getattr(ours, x) for x in ours.__all__))"
     )
     assert result.stdout.strip() == "True", result.stderr
+
+
+def test_other_packages_import_from_the_root() -> None:
+    result = run("import timm, open_clip\nfrom transformers import CLIPModel, DINOv3ViTModel")
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_huggingface_hub_the_method_works_and_saving_names_the_remedy() -> None:
+    result = run(
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        "import torch, rankloss\n"
+        "class Towers(torch.nn.Module):\n"
+        "    def forward(self, x, y): return x, y, torch.tensor(10.0)\n"
+        "model = rankloss.DinoRankCLIP(Towers(), embed_dim=4, variant='none')\n"
+        "x = torch.eye(4)\n"
+        "assert model(x, x)['contrastive_loss'] > 0\n"
+        "for call in (model.save_pretrained, model.push_to_hub, type(model).from_pretrained):\n"
+        "    try: call('folder')\n"
+        "    except ImportError as error: assert 'rankloss[hub]' in str(error)\n"
+        "    else: raise AssertionError('nothing was raised')"
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_is_typed() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankloss.fusion import optional
+from rankloss.fusion.optional import require
 from rankloss.fusion.teacher import (
     CLIP_MEAN,
     CLIP_STD,
@@ -20,6 +20,7 @@ from rankloss.fusion.teacher import (
     Dinov3Teacher,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "vit_small_patch16_dinov3"
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
@@ -30,9 +31,6 @@ def timm_teacher(**options: Any) -> Dinov3Teacher:
 
 
 def transformers_model(registers: int) -> Any:
-    from rankloss.fusion.optional import require
-
-    require("transformers.activations")  # hides this checkout's folder `kernels`
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     torch.manual_seed(0)
@@ -158,7 +156,6 @@ def test_other_shapes_are_refused() -> None:
 def test_convnext_is_refused() -> None:
     with pytest.raises(ValueError, match="choose a ViT"):
         Dinov3Teacher("convnext_atto", pretrained=False)
-    transformers_model(0)  # imports transformers, with this checkout's `kernels` hidden
     from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel
 
     config = DINOv3ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
@@ -263,24 +260,21 @@ def test_importing_fusion_imports_no_optional_package() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"pip install 'rankloss\[distill\]'"):
-        Dinov3Teacher(NAME, pretrained=False)
-
-
-def test_a_checkouts_folder_kernels_is_hidden_from_other_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["timm", "transformers", "sklearn", "safetensors", "open_clip"])
+def test_missing_packages_are_in_the_extra_that_the_remedy_names(
+    package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers imports `kernels` if there is one; ours refuses to be imported by that name."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/__init__.py").write_text("raise ImportError('not me')")
-    curious = "import importlib.util\nfound = importlib.util.find_spec('kernels') is not None"
-    for name in ("curious_one", "curious_two"):
-        (tmp_path / f"{name}.py").write_text(curious)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    assert optional.require("curious_one").found  # a stranger's `kernels` stays visible
-    monkeypatch.setattr(optional, "__file__", str(tmp_path / "fusion" / "optional.py"))
-    assert not optional.require("curious_two").found
-    assert "kernels" not in sys.modules
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'rankloss\[\w+\]'") as caught:
+        require(package)
+    extra = str(caught.value).split("[")[1].split("]")[0]
+    listed = (ROOT / "pyproject.toml").read_text().split(f"\n{extra} = ")[1].split("\n")[0]
+    distribution = {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}.get(package, package)
+    assert f'"{distribution}' in listed
+
+
+def test_a_missing_library_of_a_teacher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, name in (("timm", NAME), ("transformers", "facebook/dinov3")):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ImportError, match=f"{library} cannot be imported"):
+            Dinov3Teacher(name, pretrained=False)

@@ -1,0 +1,28 @@
+"""Checks and dtypes that the losses of a student and a teacher share."""
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_pair(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
+    if student.dim() != dims or teacher.dim() != dims or student.shape[:-1] != teacher.shape[:-1]:
+        shape = "(B, P, D)" if dims == 3 else "(B, D)"
+        hint = "; give student_grid and teacher_grid to resize" if dims == 3 else ""
+        raise ValueError(
+            f"{name}: student and teacher must be {shape}, equal but for D; got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}{hint}"
+        )
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise TypeError(
+            f"{name}: student and teacher must be floating point, got {student.dtype} and "
+            f"{teacher.dtype}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{name}: student is on {student.device} but teacher on {teacher.device}; "
+            "move them to one device"
+        )
