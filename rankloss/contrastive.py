@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Unpack
 
-from rankloss.checks import as_scalar, check_features
-from rankloss.distributed import gather_batch, gather_with_gradient, processes
+from rankloss.distributed import GlobalBatch, Processes, gather_batch, gather_features
+from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
 from rankloss.scores import cross_modal_scores, scaled_cosines
 
 STREAM_ABOVE = 1 << 26  # logits; more (256 MiB in float32) are not held in memory at once
@@ -105,23 +106,25 @@ def _checkpointed_cross_entropy(
     return total
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(GlobalBatchLoss):
     """SigLIP: every image-text pair of the global batch is a binary classification of its own.
 
         L = 1/N sum over i, j of softplus(-y_ij (scale <v_i, t_j> + bias))
 
-    with y_ij = 1 for i = j and -1 otherwise, divided by N, not by N^2. SigLIP starts from scale 10
-    and bias -10. Source: Zhai et al. 2023, as in open_clip. Each process scores its own images
-    against all texts, gathered with gradient: under DDP's averaging the gradient is the global
-    batch's at any world size.
+    with y_ij = 1 for i = j and -1 otherwise, divided by N, not by N^2. With ids, pairs that share
+    one have y_ij = 1 too (this project's choice). SigLIP starts from scale 10 and bias -10.
+    Source: Zhai et al. 2023, as in open_clip. With the default `local_loss` and `gather_with_grad`
+    each process scores its own images against all texts: under DDP's averaging the gradient is the
+    global batch's at any world size.
 
     Args:
-        rank, world_size: None takes the process group's at each forward; given values must match.
-    """
+        local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
+            `rankloss.global_batch.GlobalBatchLoss`.
 
-    def __init__(self, *, rank: int | None = None, world_size: int | None = None) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
+    >>> features = torch.eye(3)
+    >>> round(float(SigLipLoss()(features, features, 10.0, -5.0)), 4)
+    0.0202
+    """
 
     def forward(
         self,
@@ -130,50 +133,83 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of this process's pairs.
+        """Compute the loss of this process's pairs.
 
         Args:
             image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
                 matches row i of the other. Scores are computed in float32 even under autocast.
             logit_scale: exp'd scale, 0-D or (1,), or a float.
             logit_bias: the same, or None for 0.
+            image_ids, text_ids: (n,) integers; equal ids mark the same image or caption, so that
+                pairs that share either match each other.
+            local: leave other processes out: the loss of these n pairs alone, without any message.
             output_dict: return {"contrastive_loss"}.
 
         Raises:
-            TypeError: features are not floating.
+            TypeError: features are not floating, or ids not integer.
             ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
-                or rank/world_size contradict the process group.
+                widths, dtypes or kinds of ids, or rank/world_size contradict the process group.
         """
-        check_features(image_features, text_features, None)
-        scale = as_scalar("logit_scale", logit_scale, image_features)
-        group = processes(self.rank, self.world_size)
-        dtype = _wide_dtype(image_features, text_features)
-        texts = gather_with_gradient(text_features, group).to(dtype)
-        logits = scaled_cosines(image_features.to(dtype), texts, scale)
-        if logit_bias is not None:
-            logits = logits + as_scalar("logit_bias", logit_bias, image_features).to(dtype)
-        own = torch.zeros_like(logits, dtype=torch.bool)
-        own.diagonal(group.rank * len(logits)).fill_(True)
-        loss = -F.logsigmoid(torch.where(own, logits, -logits)).sum() / max(len(logits), 1)
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+        )
+        processes, dtype = inputs.processes, _wide_dtype(image_features, text_features)
+        images, texts, labels = self._sides(image_features, text_features, processes)
+        logits = scaled_cosines(images.to(dtype), texts.to(dtype), inputs.scale)
+        if inputs.bias is not None:
+            logits = logits + inputs.bias.to(dtype)
+        positives = positive_mask(inputs.ids, labels)
+        if positives is None:
+            positives = torch.zeros_like(logits, dtype=torch.bool)
+            positives.scatter_(1, labels[:, None], True)
+        loss = -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / max(len(logits), 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def _sides(
+        self, images: Tensor, texts: Tensor, processes: Processes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image anchors, text candidates, and the label of each anchor; local images stay here."""
+        modes = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
+        all_texts = gather_features(texts, processes, **modes)
+        if self.local_loss:
+            start = processes.rank * len(images)
+        else:
+            images, start = gather_features(images, processes, **modes), 0
+        labels = torch.arange(start, start + len(images), device=images.device)
+        return images, all_texts, labels
 
-class CyCLIPLoss(nn.Module):
+
+class CyCLIPLoss(GlobalBatchLoss):
     """CyCLIP: CLIP's loss plus two penalties on inconsistent similarities.
 
         L = L_CLIP + w_in/N sum over j, k of (<v_j, v_k> - <t_j, t_k>)^2
                    + w_cross/N sum over j, k of (<v_j, t_k> - <v_k, t_j>)^2
 
     of cosines, divided by N, not by N^2; both sides receive gradient, the scale does not. Source:
-    Goel et al. 2022 and its published code. Each process scores its own anchors against all
-    candidates, gathered with gradient: under DDP's averaging the gradient is the global batch's at
-    any world size (the published code's is 1/world_size of it).
+    Goel et al. 2022 and its published code. With the default `local_loss` and `gather_with_grad`
+    each process scores its own anchors against all candidates: under DDP's averaging the gradient
+    is the global batch's at any world size (the published code's is 1/world_size of it).
 
     Args:
         in_modal_weight, cross_modal_weight: w_in, w_cross; the published command has 0.25 for both.
-        rank, world_size: None takes the process group's at each forward; given values must match.
+        local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
+            `rankloss.global_batch.GlobalBatchLoss`.
+
+    >>> features = torch.eye(3)
+    >>> parts = CyCLIPLoss()(features, features, 10.0, output_dict=True)
+    >>> float(parts["cyclic_loss"])  # the similarities are consistent
+    0.0
     """
 
     def __init__(
@@ -181,12 +217,10 @@ class CyCLIPLoss(nn.Module):
         *,
         in_modal_weight: float = 0.25,
         cross_modal_weight: float = 0.25,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **gathering: Unpack[GatherOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**gathering)
         self.in_modal_weight, self.cross_modal_weight = in_modal_weight, cross_modal_weight
-        self.rank, self.world_size = rank, world_size
 
     def forward(
         self,
@@ -195,40 +229,65 @@ class CyCLIPLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of this process's pairs.
+        """Compute the loss of this process's pairs.
 
         Args:
             image_features, text_features, logit_scale: as in `SigLipLoss.forward`.
             logit_bias: added to the contrastive logits.
+            image_ids, text_ids: (n,) integers; pairs that share an id are positives of the
+                contrastive term. The penalties do not change with them.
+            local: leave other processes out: the loss of these n pairs alone, without any message.
             output_dict: return {"contrastive_loss", "cyclic_loss"}, already weighted, whose sum is
                 the loss.
 
         Raises:
             TypeError, ValueError: as `SigLipLoss.forward`.
         """
-        check_features(image_features, text_features, None)
-        scale = as_scalar("logit_scale", logit_scale, image_features)
-        group = processes(self.rank, self.world_size)
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+        )
         batch = gather_batch(
-            image_features, text_features, group, local_loss=True, gather_with_grad=True
+            image_features,
+            text_features,
+            inputs.processes,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
         ).in_full_precision()
-        one = batch.images.new_ones(())
-        cosines = cross_modal_scores(batch, one)
-        logits = [scale.to(one.dtype) * x for x in cosines]
-        if logit_bias is not None:
-            bias = as_scalar("logit_bias", logit_bias, image_features)
-            logits = [x + bias for x in logits]
-        contrastive = 0.5 * (info_nce(logits[0], batch.labels) + info_nce(logits[1], batch.labels))
-        images = scaled_cosines(batch.image_anchors, batch.images, one)
-        texts = scaled_cosines(batch.text_anchors, batch.texts, one)
-        cyclic = self.in_modal_weight * (images - texts).square().sum()
-        cyclic = cyclic + self.cross_modal_weight * (cosines[0] - cosines[1]).square().sum()
-        cyclic = cyclic / max(len(images), 1)
+        cosines = cross_modal_scores(batch, batch.images.new_ones(()))
+        contrastive = self._contrastive(cosines, batch.labels, inputs)
+        cyclic = self._cyclic(cosines, batch)
         if output_dict:
             return {"contrastive_loss": contrastive, "cyclic_loss": cyclic}
         return contrastive + cyclic
+
+    def _contrastive(
+        self, cosines: tuple[Tensor, Tensor], labels: Tensor, inputs: Inputs
+    ) -> Tensor:
+        logits = [inputs.scale.to(x.dtype) * x for x in cosines]
+        if inputs.bias is not None:
+            logits = [x + inputs.bias for x in logits]
+        positives = positive_mask(inputs.ids, labels)
+        terms = [info_nce(x, labels, positives) for x in logits]
+        return 0.5 * (terms[0] + terms[1])
+
+    def _cyclic(self, cosines: tuple[Tensor, Tensor], batch: GlobalBatch) -> Tensor:
+        one = batch.images.new_ones(())
+        images = scaled_cosines(batch.image_anchors, batch.images, one)
+        texts = scaled_cosines(batch.text_anchors, batch.texts, one)
+        within = self.in_modal_weight * (images - texts).square().sum()
+        across = self.cross_modal_weight * (cosines[0] - cosines[1]).square().sum()
+        return (within + across) / max(len(images), 1)
 
     def extra_repr(self) -> str:
         return (

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from rankloss.checks import as_scalar, check_features, check_ids, check_settings
+from rankloss.checks import check_settings
 from rankloss.contrastive import STREAM_ABOVE, info_nce, positive_mask, streamed_info_nce
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
-from rankloss.distributed import GlobalBatch, gather_batch, gather_ids, processes
+from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
+from rankloss.global_batch import GatherOptions, GlobalBatchLoss
 from rankloss.kernels.launch import outside_autocast
 from rankloss.lists import (
     RankingList,
@@ -23,7 +26,7 @@ from rankloss.scores import cross_modal_scores
 from rankloss.transitions import TransitionHeads, Transitions
 
 
-class HighOrderPLLoss(nn.Module):
+class HighOrderPLLoss(GlobalBatchLoss):
     """CLIP's contrastive loss plus order-R Plackett-Luce ranking consistency.
 
         L = w_clip L_CLIP + lambda_cross L_cross + lambda_in L_in
@@ -50,12 +53,8 @@ class HighOrderPLLoss(nn.Module):
         discount: weight of place k: "none" (1) or "log" (1/ln(k+1)).
         exclude_self: leave the anchor itself out of the in-modal lists, where it is always first.
         share_transitions: one set of heads for both candidate modalities, else one each.
-        local_loss: each process scores its own anchors only; False scores the whole global batch
-            on every process.
-        gather_with_grad: gradients reach the features of other processes. Both True give the
-            exact gradient of the global batch at any world size under DDP's averaging; the other
-            combinations are open_clip's and have its gradients.
-        rank, world_size: None takes the process group's at each forward; given values must match.
+        local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
+            `rankloss.global_batch.GlobalBatchLoss`; the default is exact at any world size.
         impl: implementation of the likelihood, see `rankloss.plackett_luce_nll`.
 
     Raises:
@@ -78,19 +77,27 @@ class HighOrderPLLoss(nn.Module):
         share_transitions: bool = True,
         local_loss: bool = True,
         gather_with_grad: bool = True,
+        accum_freq: int = 1,
+        process_group: dist.ProcessGroup | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            accum_freq=accum_freq,
+            process_group=process_group,
+            rank=rank,
+            world_size=world_size,
+        )
         check_settings(order, embed_dim, top_k, cross_modal_weight, in_modal_weight, discount)
         self.embed_dim, self.order, self.top_k = embed_dim, order, top_k
         self.contrastive_weight = contrastive_weight
         self.cross_modal_weight, self.in_modal_weight = cross_modal_weight, in_modal_weight
         self.discount: Discount = discount
         self.exclude_self = exclude_self
-        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size, self.impl = rank, world_size, impl
+        self.impl = impl
         self.transition_heads = nn.ModuleList()
         if order >= 2 and embed_dim is not None:
             for _ in range(1 if share_transitions else 2):
@@ -110,6 +117,7 @@ class HighOrderPLLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        local: bool = False,
         output_dict: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -123,6 +131,7 @@ class HighOrderPLLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        local: bool = False,
         output_dict: Literal[True],
     ) -> dict[str, Tensor]: ...
 
@@ -135,6 +144,7 @@ class HighOrderPLLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of this process's pairs.
@@ -148,32 +158,36 @@ class HighOrderPLLoss(nn.Module):
                 that share either are matches of each other: positives of the contrastive term,
                 and out of each other's cross-modal lists. In-modal lists leave out repetitions
                 of the anchor in their own modality.
+            local: leave other processes out: the loss of these n pairs alone, without any message,
+                e.g. for an evaluation on one process of many.
             output_dict: return {"contrastive_loss", "ranking_loss"}, already weighted, whose sum
                 is the loss.
 
         Raises:
             TypeError: features are not floating, or ids not integer.
             ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
-                or rank/world_size contradict the process group.
+                widths, dtypes or kinds of ids (on every process), or rank/world_size contradict
+                the process group.
         """
-        check_features(image_features, text_features, self.embed_dim if self.order > 1 else None)
-        scale = as_scalar("logit_scale", logit_scale, image_features)
-        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
-        ids = [
-            check_ids(x, name, image_features)
-            for x, name in ((image_ids, "image_ids"), (text_ids, "text_ids"))
-        ]
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+            embed_dim=self.embed_dim if self.order > 1 else None,
+        )
         self._warn_once_unless_normalized(image_features, text_features)
-        group = processes(self.rank, self.world_size)
         gathered = gather_batch(
             image_features,
             text_features,
-            group,
+            inputs.processes,
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         )
-        image_ids, text_ids = (None if x is None else gather_ids(x, group) for x in ids)
-        all_ids = [x for x in (image_ids, text_ids) if x is not None]
+        scale, bias, all_ids = inputs.scale, inputs.bias, inputs.ids
         transitions = self._transitions(gathered)
         batch = gathered.in_full_precision()
         self._snapshot = take_snapshot(batch, scale, transitions)
@@ -186,7 +200,7 @@ class HighOrderPLLoss(nn.Module):
             contrastive = self._contrastive(scores, bias, batch, positives)
             ranking = torch.zeros_like(contrastive)
             if self.order >= 1:
-                ids = [image_ids, text_ids]
+                ids = [inputs.image_ids, inputs.text_ids]
                 ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
         if output_dict:
             return {"contrastive_loss": contrastive, "ranking_loss": ranking}
@@ -216,8 +230,19 @@ class HighOrderPLLoss(nn.Module):
         """Tables by candidate modality."""
         if not self.transition_heads:
             return {}
-        heads = self.transition_heads
-        return {"image": heads[0](batch.images), "text": heads[-1](batch.texts)}
+        first, last = self.transition_heads[0], self.transition_heads[-1]
+        return {
+            "image": self._tables(first, batch.images),
+            "text": self._tables(last, batch.texts),
+        }
+
+    def _tables(self, heads: nn.Module, candidates: Tensor) -> Transitions:
+        """Tables of candidates; of `accum_freq` calls, each has a part of the weights' gradient."""
+        if self.accum_freq == 1:
+            tables: Transitions = heads(candidates)
+            return tables
+        weights = {n: scale_gradient(p, 1 / self.accum_freq) for n, p in heads.named_parameters()}
+        return torch.func.functional_call(heads, weights, (candidates,))  # type: ignore[no-any-return]
 
     def _ranking(
         self,
@@ -272,7 +297,7 @@ class HighOrderPLLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last step's features behind."""
-        return {**self.__dict__, "_snapshot": None}
+        return {**super().__getstate__(), "_snapshot": None}
 
     def extra_repr(self) -> str:
         return (
@@ -313,11 +338,8 @@ class RankCLIPLoss(HighOrderPLLoss):
         in_modal_weight: float = 1 / 16,
         discount: Discount = "none",
         exclude_self: bool = False,
-        local_loss: bool = True,
-        gather_with_grad: bool = True,
-        rank: int | None = None,
-        world_size: int | None = None,
         impl: str = "auto",
+        **gathering: Unpack[GatherOptions],
     ) -> None:
         super().__init__(
             order=1,
@@ -327,11 +349,8 @@ class RankCLIPLoss(HighOrderPLLoss):
             in_modal_weight=in_modal_weight,
             discount=discount,
             exclude_self=exclude_self,
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            rank=rank,
-            world_size=world_size,
             impl=impl,
+            **gathering,
         )
 
 
@@ -339,19 +358,6 @@ class ClipLoss(HighOrderPLLoss):
     """CLIP: the order-0 member, symmetric InfoNCE; its "ranking_loss" is 0."""
 
     def __init__(
-        self,
-        *,
-        contrastive_weight: float = 1.0,
-        local_loss: bool = True,
-        gather_with_grad: bool = True,
-        rank: int | None = None,
-        world_size: int | None = None,
+        self, *, contrastive_weight: float = 1.0, **gathering: Unpack[GatherOptions]
     ) -> None:
-        super().__init__(
-            order=0,
-            contrastive_weight=contrastive_weight,
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            rank=rank,
-            world_size=world_size,
-        )
+        super().__init__(order=0, contrastive_weight=contrastive_weight, **gathering)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloss.distillation.pairs import full_precision
-from rankloss.distributed import gather_with_gradient, processes
+from rankloss.distributed import gather_with_gradient, rank_and_world_size
 from rankloss.kernels.launch import outside_autocast
 from rankloss.kernels.reference import row_norms
 
@@ -60,7 +60,7 @@ class KoLeoLoss(nn.Module):
         with outside_autocast(x):
             x = full_precision(x)
             x = x / row_norms(x, self.EPS)
-            world = processes(None, None)
+            world = rank_and_world_size()
             distributed = self.distributed and world.world_size > 1
             among = gather_with_gradient(x, world) if distributed else x
             if len(x) == 0:

@@ -79,16 +79,16 @@ def exchanged_bytes(setting: Loss, dtype: torch.dtype) -> int:
     received = 0
     gather, reduce = rankloss.distributed._all_gather, rankloss.distributed._reduce_scatter
 
-    def counted_gather(x: Tensor) -> Tensor:
+    def counted_gather(x: Tensor, group: Any) -> Tensor:
         nonlocal received
-        whole = gather(x)
-        if x.is_floating_point():  # not the check that batches are even
+        whole = gather(x, group)
+        if x.is_floating_point():  # not the ids
             received += (whole.numel() - x.numel()) * x.element_size()
         return whole
 
-    def counted_reduce(x: Tensor) -> Tensor:
+    def counted_reduce(x: Tensor, group: Any) -> Tensor:
         nonlocal received
-        own = reduce(x)
+        own = reduce(x, group)
         received += (dist.get_world_size() - 1) * own.numel() * 4  # each other's part, in float32
         return own
 

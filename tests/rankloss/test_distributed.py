@@ -237,9 +237,9 @@ def _gather_and_its_transpose() -> tuple[Tensor, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = torch.arange(6.0).reshape(3, 2) + 100 * rank
     columns = rows.T.contiguous().T  # not contiguous
-    gathered = _Gather.apply(columns)
+    gathered = _Gather.apply(columns, dist.group.WORLD)
     spread = (1.0 + rank) * torch.arange(world * 3.0)[:, None].expand(-1, 2)  # stride 0
-    return gathered, _ScatterSum.apply(spread)
+    return gathered, _ScatterSum.apply(spread, dist.group.WORLD)
 
 
 def test_gather_and_its_transpose(groups: dict[int, ProcessGroup]) -> None:
