@@ -1,15 +1,23 @@
 """ALIP: CLIP on raw and on synthetic captions, each pair weighted by how well it fits."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.checks import as_scalar, check_features
-from rankloss.distributed import GlobalBatch, gather_batch, gather_with_gradient, processes
+from rankloss.distributed import (
+    ALONE,
+    GlobalBatch,
+    HoldsProcessGroup,
+    gather_batch,
+    gather_with_gradient,
+    rank_and_world_size,
+)
 from rankloss.scores import cross_modal_scores
 
 
-class ALIPLoss(nn.Module):
+class ALIPLoss(HoldsProcessGroup, nn.Module):
     """ALIP: images against their raw texts and against synthetic captions, good pairs first.
 
     Of sample i with image x, raw text t and synthetic caption c, three similarities S_tc, S_xt and
@@ -37,7 +45,7 @@ class ALIPLoss(nn.Module):
         accum_freq: forwards to an optimizer step. The means move once a step, by the mean over its
             forwards, whether these see parts of a batch or, as in open_clip, the batch each time.
             Only forwards in training mode count.
-        rank, world_size: None takes the process group's at each forward; given values must match.
+        process_group, rank, world_size: see `rankloss.global_batch.GlobalBatchLoss`.
 
     Attributes:
         means: (3,) float64, the running means H of S_tc, S_xt and S_xc.
@@ -61,6 +69,7 @@ class ALIPLoss(nn.Module):
         pair_gamma: float = 2.0,
         momentum: float = 0.99,
         accum_freq: int = 1,
+        process_group: dist.ProcessGroup | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -72,6 +81,7 @@ class ALIPLoss(nn.Module):
             )
         self.sample_gamma, self.pair_gamma = sample_gamma, pair_gamma
         self.momentum, self.accum_freq = momentum, accum_freq
+        self.process_group = process_group
         self.rank, self.world_size = rank, world_size
         self.means: Tensor
         self.pending: Tensor
@@ -88,6 +98,7 @@ class ALIPLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         *,
         caption_features: Tensor,
+        local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of this process's triplets.
@@ -97,6 +108,7 @@ class ALIPLoss(nn.Module):
                 the raw ones.
             logit_bias: added to the logits.
             caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
+            local: leave other processes out: the loss of these n samples alone.
             output_dict: return {"contrastive_loss", "caption_loss"}, of raw texts and of
                 captions, whose sum is the loss.
 
@@ -107,11 +119,14 @@ class ALIPLoss(nn.Module):
         check_features(image_features, caption_features, None)
         scale = as_scalar("logit_scale", logit_scale, image_features)
         bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
-        group = processes(self.rank, self.world_size)
+        group = (
+            ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
+        )
+        gathered = gather_with_gradient(caption_features, group)  # all agree on n and D here
         texts = gather_batch(
             image_features, text_features, group, local_loss=True, gather_with_grad=True
         ).in_full_precision()
-        gathered = gather_with_gradient(caption_features, group).to(texts.images.dtype)
+        gathered = gathered.to(texts.images.dtype)
         captions = texts._replace(text_anchors=caption_features.to(gathered.dtype), texts=gathered)
         text_weights, caption_weights = self._weights(texts, captions)
         contrastive = _weighted_clip(texts, scale, bias, text_weights)

@@ -4,15 +4,23 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankloss.checks import as_scalar, check_features
 from rankloss.contrastive import info_nce
-from rankloss.distributed import GlobalBatch, Processes, gather_with_gradient, processes
+from rankloss.distributed import (
+    ALONE,
+    GlobalBatch,
+    HoldsProcessGroup,
+    Processes,
+    gather_with_gradient,
+    rank_and_world_size,
+)
 from rankloss.scores import cross_modal_scores, scaled_cosines
 
 
-class ITOLoss(nn.Module):
+class ITOLoss(HoldsProcessGroup, nn.Module):
     """ITO: two views of every image against its text, and fused views against each other.
 
         L = 1/2 [CLIP(v1, t) + CLIP(v2, t)]  +  w NT-Xent(f1, f2)
@@ -29,7 +37,7 @@ class ITOLoss(nn.Module):
 
     Args:
         fusion_weight: w; 2 in the paper. With 0 no fused features are needed.
-        rank, world_size: None takes the process group's at each forward; given values must match.
+        process_group, rank, world_size: see `rankloss.global_batch.GlobalBatchLoss`.
 
     Raises:
         ValueError: fusion_weight is negative.
@@ -46,6 +54,7 @@ class ITOLoss(nn.Module):
         self,
         fusion_weight: float = 2.0,
         *,
+        process_group: dist.ProcessGroup | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -53,6 +62,7 @@ class ITOLoss(nn.Module):
         if fusion_weight < 0:
             raise ValueError(f"ITOLoss: fusion_weight must be 0 or more, got {fusion_weight}")
         self.fusion_weight = fusion_weight
+        self.process_group = process_group
         self.rank, self.world_size = rank, world_size
 
     def forward(
@@ -66,6 +76,7 @@ class ITOLoss(nn.Module):
         other_text_features: Tensor | None = None,
         fused_features: Tensor | None = None,
         other_fused_features: Tensor | None = None,
+        local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of this process's pairs.
@@ -77,6 +88,7 @@ class ITOLoss(nn.Module):
             other_text_features: (n, D) unit-norm, of other captions of the same images.
             fused_features, other_fused_features: (n, D') unit-norm, from `ITOFusion`, of the first
                 and of the other view; not used if fusion_weight is 0.
+            local: leave other processes out: the loss of these n samples alone.
             output_dict: return {"contrastive_loss", "fusion_loss"}, already weighted, whose sum is
                 the loss; without the second if fusion_weight is 0.
 
@@ -93,7 +105,9 @@ class ITOLoss(nn.Module):
         )
         for features in (*views[1:], *texts):
             check_features(image_features, features, None)
-        group = processes(self.rank, self.world_size)
+        group = (
+            ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
+        )
         gathered = [_gathered(x, group) for x in (*views, *texts)]
         clip = [
             _clip(view, text, scale, bias)
