@@ -9,8 +9,23 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-TIE = 1e-6
-"""Candidates that come this close to the match are as similar: sums of products are rounded."""
+from examples.evaluation.gap import alignment, modality_gap, uniformity
+from examples.evaluation.retrieval import recall_at, retrieval
+
+__all__ = [
+    "alignment",
+    "class_embeddings",
+    "encode",
+    "match_ranks",
+    "mean_and_error",
+    "modality_gap",
+    "recall_at",
+    "retrieval",
+    "spearman",
+    "uniformity",
+    "zero_shot_hits",
+]
+
 CHUNK = 256
 """Samples encoded at a time."""
 
@@ -26,45 +41,6 @@ def match_ranks(similarity: Tensor) -> Tensor:
         model ranks last, not first.
     """
     return (similarity >= similarity.diagonal()[:, None]).sum(1)
-
-
-def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Distance between the centroids of (N, D) unit-norm features: from 0 to 2 (Liang et al.)."""
-    return float((images.mean(0) - texts.mean(0)).norm())
-
-
-def alignment(images: Tensor, texts: Tensor) -> float:
-    """Mean squared distance of matches, (N, D) unit-norm each: 0 is best (Wang and Isola)."""
-    return float((images.double() - texts.double()).square().sum(1).mean())
-
-
-def uniformity(images: Tensor, texts: Tensor) -> float:
-    """log of the mean over pairs i > j of exp(-2 |v_i - t_j|^2): -8 at best, 0 if all coincide.
-
-    As in CyCLIP's code: images against texts, of which only one triangle counts.
-    """
-    total, n = 0.0, len(images)
-    for start in range(0, n, CHUNK):
-        rows = images[start : start + CHUNK].double()
-        kernel = torch.exp(4 * (rows @ texts.double().T) - 4)  # |v - t|^2 = 2 - 2 <v, t>
-        total += float(kernel.tril(start - 1).sum())
-    return math.log(total / (n * (n - 1) / 2)) if n > 1 and total else -math.inf
-
-
-def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
-    """R@1, R@5 and R@10 in both directions, by open_clip's names; features (N, D) unit-norm."""
-    measured: dict[str, float] = {}
-    for way, a, b in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        own = (a * b).sum(1)
-        ranks = torch.cat(
-            [
-                (a[i : i + CHUNK] @ b.T >= own[i : i + CHUNK, None] - TIE).sum(1)
-                for i in range(0, len(a), CHUNK)
-            ]
-        ).clamp(min=1)
-        for k in (1, 5, 10):
-            measured[f"{way}_R@{k}"] = float(recall_at(ranks, k).double().mean())
-    return measured
 
 
 def spearman(scores: Tensor, relevance: Tensor) -> Tensor:
@@ -122,11 +98,6 @@ def class_embeddings(
     for texts in prompts:
         means.append(model.encode_text(tokenize(texts), normalize=True).mean(0))
     return nn.functional.normalize(torch.stack(means), dim=1)
-
-
-def recall_at(ranks: Tensor, k: int) -> Tensor:
-    """Whether each match, at `ranks` (N,), is among the first k: (N,) bool."""
-    return ranks <= k
 
 
 def mean_and_error(outcomes: Tensor) -> tuple[float, float]:
