@@ -17,6 +17,7 @@ from rankloss.ito import ITOLoss
 from rankloss.ito_fusion import ITOFusion
 from rankloss.plackett_luce import plackett_luce_nll, rankings
 from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
+from rankloss.reranking import PlackettLuceLoss
 from rankloss.transitions import TransitionHeads, Transitions
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "ITOLoss",
     "KoLeoLoss",
     "PatchDistillation",
+    "PlackettLuceLoss",
     "RankCLIPLoss",
     "RelationalAngleLoss",
     "RelationalDistanceLoss",

@@ -35,8 +35,9 @@ def attach(model: nn.Module, loss: Loss, name: str = ATTRIBUTE) -> Loss:
         TypeError: the model is already wrapped by DistributedDataParallel, FSDP or torch.compile.
         ValueError: the model already has an attribute of that name.
 
+    >>> from rankloss import HighOrderPLLoss
     >>> model = nn.Linear(8, 8)
-    >>> loss = attach(model, rankloss.HighOrderPLLoss(embed_dim=8, order=2))
+    >>> loss = attach(model, HighOrderPLLoss(embed_dim=8, order=2))
     >>> sorted(key for key in model.state_dict() if key.startswith("rank_loss.transition"))
     ['rank_loss.transition_heads.0.key_weight', 'rank_loss.transition_heads.0.predecessor_weight']
     """
@@ -77,8 +78,9 @@ def export(
     Raises:
         ValueError: the checkpoint holds no model weights.
 
+    >>> from rankloss import HighOrderPLLoss
     >>> model = nn.Linear(8, 8)
-    >>> loss = attach(model, rankloss.HighOrderPLLoss(embed_dim=8, order=2))
+    >>> loss = attach(model, HighOrderPLLoss(embed_dim=8, order=2))
     >>> sorted(export({"epoch": 3, "state_dict": model.state_dict()}))
     ['bias', 'weight']
     """
