@@ -123,7 +123,7 @@ class SigLipLoss(GlobalBatchLoss):
 
     >>> features = torch.eye(3)
     >>> round(float(SigLipLoss()(features, features, 10.0, -5.0)), 4)
-    0.0202
+    0.0201
     """
 
     def forward(
