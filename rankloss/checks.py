@@ -1,10 +1,13 @@
 """What a user's mistake is told: the operation, what was given, and the remedy."""
 
-from typing import get_args
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from rankloss.kernels.dispatch import check_impl
 from rankloss.options import Discount
 from rankloss.transitions import Transitions
 
@@ -133,20 +136,45 @@ def check_settings(
     order: int,
     embed_dim: int | None,
     top_k: int | None,
-    cross_modal_weight: float,
-    in_modal_weight: float,
     discount: Discount,
+    impl: str,
 ) -> None:
     if order < 0:
         raise ValueError(f"order must be 0 or more, got {order}")
     if order >= 2 and embed_dim is None:
         raise ValueError(f"order {order} needs embed_dim, the width of the features")
-    if order >= 2 and cross_modal_weight == in_modal_weight == 0:
-        raise ValueError(f"order {order} with both ranking weights 0 ranks nothing; use order=0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; None ranks everything")
+    if order >= 2 and top_k == 1:
+        raise ValueError(
+            f"order {order} with top_k=1 has no transitions, the first place has no predecessor; "
+            "use top_k >= 2, or order=1"
+        )
     if discount not in ("none", "log"):
         raise ValueError(f"unknown discount {discount!r}; choose 'none' or 'log'")
+    check_impl(impl)
+
+
+def check_weights(order: int, contrastive: float, cross_modal: float, in_modal: float) -> None:
+    weights = {
+        "contrastive_weight": contrastive,
+        "cross_modal_weight": cross_modal,
+        "in_modal_weight": in_modal,
+    }
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if order >= 2 and cross_modal == in_modal == 0:
+        raise ValueError(f"order {order} with both ranking weights 0 ranks nothing; use order=0")
+    if contrastive == 0 and (order == 0 or cross_modal == in_modal == 0):
+        raise ValueError(f"every weight that counts at order {order} is 0, so the loss would be 0")
+
+
+def check_option_names(name: str, options: Mapping[str, Any], allowed: type) -> None:
+    """Raise the TypeError that Python raises for an argument a function does not have."""
+    unknown = options.keys() - get_type_hints(allowed).keys()
+    if unknown:
+        raise TypeError(f"{name} got an unexpected keyword argument {sorted(unknown)[0]!r}")
 
 
 def check_features(image: Tensor, text: Tensor, embed_dim: int | None) -> None:

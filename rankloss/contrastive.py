@@ -41,15 +41,27 @@ def info_nce(scores: Tensor, labels: Tensor, positives: Tensor | None = None) ->
 
 
 def positive_mask(ids: Sequence[Tensor], labels: Tensor) -> Tensor | None:
-    """(N, M) bool: do candidate j and the anchor's match share any of their ids (M,)?
+    """Return (N, M) bool: is candidate j the anchor's match, or does it share an id with it?
 
-    None when there are no ids: then only the match itself does.
+    None when there are no ids: then only the match itself is a positive.
+
+    Args:
+        ids: (M,) integers each; a negative id means unknown and is shared by nobody.
+        labels: (N,) int64, the column of each anchor's match.
+
+    >>> positive_mask([torch.tensor([7, 8, 7, -1, -1])], torch.arange(5)).int()
+    tensor([[1, 0, 1, 0, 0],
+            [0, 1, 0, 0, 0],
+            [1, 0, 1, 0, 0],
+            [0, 0, 0, 1, 0],
+            [0, 0, 0, 0, 1]], dtype=torch.int32)
     """
     same: Tensor | None = None
-    for x in ids:
-        equal = x[labels][:, None] == x[None, :]
+    for x in map(Tensor.long, ids):
+        mine = x[labels]
+        equal = torch.where(mine < 0, -2, mine)[:, None] == torch.where(x < 0, -1, x)
         same = equal if same is None else same | equal
-    return same
+    return None if same is None else same.scatter(1, labels[:, None], True)
 
 
 def streamed_info_nce(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rankloss.advice import can_read
 from rankloss.agreement import REFUSED, Message, agree
 from rankloss.checks import as_scalar, check_features, check_ids
 from rankloss.distributed import (
@@ -38,7 +39,7 @@ class Inputs(NamedTuple):
     Attributes:
         processes: with whom.
         scale, bias: 0-D; bias None where there is none.
-        image_ids, text_ids: (M,) of the global batch, or None.
+        image_ids, text_ids: (M,) of the global batch; None if not given, or known not to repeat.
     """
 
     processes: Processes
@@ -138,10 +139,25 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
                 gather_with_grad=self.gather_with_grad,
             )
             agree(message, processes.group, image_features.device)
-        images, texts = gather_ids((image_ids, text_ids), processes)
+        images, texts = map(repeated_ids, gather_ids((image_ids, text_ids), processes))
         part = 1 / self.accum_freq
         bias = None if bias is None else scale_gradient(bias, part)
         return Inputs(processes, scale_gradient(scale, part), bias, images, texts)
+
+
+def repeated_ids(ids: Tensor | None) -> Tensor | None:
+    """Return `ids` (M,), or None when none of them repeats, so that distinct ids cost nothing.
+
+    Only ids on the CPU are looked at: elsewhere, as while compiling, that would wait for the
+    device in every step, and costs more than the mask.
+
+    >>> repeated_ids(torch.tensor([5, 3, -1, -1])) is None
+    True
+    """
+    if ids is None or ids.device.type != "cpu" or not can_read(ids):
+        return ids
+    known = ids[ids >= 0]
+    return ids if len(torch.unique(known)) < len(known) else None
 
 
 def _telling_others(

@@ -1,4 +1,4 @@
-"""Names of the options that losses, likelihoods and their checks share."""
+"""Options that losses, likelihoods and their checks share."""
 
 from typing import Literal
 

@@ -43,7 +43,8 @@ def rankings(scores: Tensor, top_k: int | None = None) -> Tensor:
     m = scores.shape[1]
     scores = scores.detach().to(_compute_dtype(scores))
     if top_k is None or 4 * top_k > m or scores.dtype == torch.float64:
-        return scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return order if top_k is None or top_k >= m else order[:, :top_k].clone()
     return _stable_keys(scores).topk(top_k, dim=1).indices
 
 
@@ -143,7 +144,9 @@ def ranked_nll(
         weights = weights / weights.sum()
         return kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
     nll = kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
-    return nll / weights.cumsum(0)[(lengths - 1).clamp(min=0)]
+    counts = torch.arange(k, device=scores.device) < lengths[:, None]
+    total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
+    return nll / torch.where(lengths > 0, total, 1.0)
 
 
 def _place_weights(k: int, discount: Discount, dtype: torch.dtype, device: torch.device) -> Tensor:

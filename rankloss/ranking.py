@@ -1,15 +1,15 @@
 """The ranking losses as modules: HighOrderPLLoss, and its members of order 1 and 0."""
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from rankloss.checks import check_settings
+from rankloss.advice import Adviser
+from rankloss.checks import check_option_names, check_settings, check_weights
 from rankloss.contrastive import STREAM_ABOVE, info_nce, positive_mask, streamed_info_nce
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
 from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
@@ -22,11 +22,14 @@ from rankloss.lists import (
     list_nll,
 )
 from rankloss.options import Discount
+from rankloss.ramp import START, RampedLoss
 from rankloss.scores import cross_modal_scores
 from rankloss.transitions import TransitionHeads, Transitions
 
+SEEDS = (2605, 2606)  # of the transition heads: shared or of images, of texts
 
-class HighOrderPLLoss(GlobalBatchLoss):
+
+class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
     """CLIP's contrastive loss plus order-R Plackett-Luce ranking consistency.
 
         L = w_clip L_CLIP + lambda_cross L_cross + lambda_in L_in
@@ -41,6 +44,7 @@ class HighOrderPLLoss(GlobalBatchLoss):
     From order 2 on the loss has parameters. Make it a submodule of the model *before* wrapping
     it in DDP and building the optimizer, so that they are synchronised, trained and saved; exclude
     `no_weight_decay()` from decay. They start identical on every process (`TransitionHeads`).
+    Weights of a lower order load: the new terms are at their start.
 
     Args:
         embed_dim: D, width of the features; needed from order 2 on, unused before.
@@ -56,10 +60,23 @@ class HighOrderPLLoss(GlobalBatchLoss):
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
             `rankloss.global_batch.GlobalBatchLoss`; the default is exact at any world size.
         impl: implementation of the likelihood, see `rankloss.plackett_luce_nll`.
+        keep_stats: keep the features of the last forward (detached, with the transition tables of
+            its texts) so that `last_stats` can be read; False holds nothing between steps.
+        generator: draws the initial weights of the transition heads instead of a fixed seed; a
+            distributed run must give every process one in the same state.
 
     Raises:
-        ValueError: order < 0, order >= 2 without embed_dim or without any ranking weight,
-            top_k < 1, or an unknown option.
+        ValueError: order < 0; order >= 2 without embed_dim, without any ranking weight, with
+            transition_dim < 2 or with top_k=1 (no transition can act); top_k < 1; weights that are
+            negative, not finite or all 0; an unknown discount or impl.
+
+    >>> loss = HighOrderPLLoss(embed_dim=16, order=3)
+    >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+    >>> parts = loss(image, text, logit_scale=14.3, output_dict=True)
+    >>> list(parts)
+    ['contrastive_loss', 'ranking_loss']
+    >>> bool(sum(parts.values()) == loss(image, text, logit_scale=14.3))
+    True
     """
 
     def __init__(
@@ -82,6 +99,8 @@ class HighOrderPLLoss(GlobalBatchLoss):
         rank: int | None = None,
         world_size: int | None = None,
         impl: str = "auto",
+        keep_stats: bool = True,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
             local_loss=local_loss,
@@ -91,7 +110,8 @@ class HighOrderPLLoss(GlobalBatchLoss):
             rank=rank,
             world_size=world_size,
         )
-        check_settings(order, embed_dim, top_k, cross_modal_weight, in_modal_weight, discount)
+        check_settings(order, embed_dim, top_k, discount, impl)
+        check_weights(order, contrastive_weight, cross_modal_weight, in_modal_weight)
         self.embed_dim, self.order, self.top_k = embed_dim, order, top_k
         self.contrastive_weight = contrastive_weight
         self.cross_modal_weight, self.in_modal_weight = cross_modal_weight, in_modal_weight
@@ -100,12 +120,26 @@ class HighOrderPLLoss(GlobalBatchLoss):
         self.impl = impl
         self.transition_heads = nn.ModuleList()
         if order >= 2 and embed_dim is not None:
-            for _ in range(1 if share_transitions else 2):
-                self.transition_heads.append(TransitionHeads(embed_dim, order, transition_dim))
-        self.ranking_ramp: Tensor
-        self.register_buffer("ranking_ramp", torch.ones(()), persistent=False)
+            for seed in SEEDS[: 1 if share_transitions else 2]:
+                heads = TransitionHeads(
+                    embed_dim, order, transition_dim, generator=generator, seed=seed
+                )
+                self.transition_heads.append(heads)
+        self.keep_stats = keep_stats
+        self._forget()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Put the whole loss at its start: transition heads, drawn by `generator` if given, the
+        ramp, what `last_stats` reads, and the warnings given once."""
+        for heads in self._heads:
+            heads.reset_parameters(generator)
+        self._set_factor(START)
+        self._restore_ramp()
+        self._forget()
+
+    def _forget(self) -> None:
         self._snapshot: Snapshot | None = None
-        self._norms_seen = False
+        self._adviser = Adviser()
 
     @overload
     def forward(
@@ -179,7 +213,8 @@ class HighOrderPLLoss(GlobalBatchLoss):
             local=local,
             embed_dim=self.embed_dim if self.order > 1 else None,
         )
-        self._warn_once_unless_normalized(image_features, text_features)
+        keys = [] if self._ranking_off else [x.key_weight for x in self._heads]
+        self._adviser.look(image_features, text_features, inputs.scale, keys)
         gathered = gather_batch(
             image_features,
             text_features,
@@ -190,7 +225,7 @@ class HighOrderPLLoss(GlobalBatchLoss):
         scale, bias, all_ids = inputs.scale, inputs.bias, inputs.ids
         transitions = self._transitions(gathered)
         batch = gathered.in_full_precision()
-        self._snapshot = take_snapshot(batch, scale, transitions)
+        self._snapshot = take_snapshot(batch, scale, transitions) if self.keep_stats else None
         if self.order == 0 and len(batch.labels) * len(batch.texts) > STREAM_ABOVE:
             contrastive = self._streamed_contrastive(batch, scale, bias, all_ids)
             ranking = torch.zeros_like(contrastive)
@@ -198,8 +233,9 @@ class HighOrderPLLoss(GlobalBatchLoss):
             scores = cross_modal_scores(batch, scale)
             positives = positive_mask(all_ids, batch.labels)
             contrastive = self._contrastive(scores, bias, batch, positives)
-            ranking = torch.zeros_like(contrastive)
-            if self.order >= 1:
+            if self.order == 0 or self._ranking_off:
+                ranking = self._no_ranking(batch)
+            else:
                 ids = [inputs.image_ids, inputs.text_ids]
                 ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
         if output_dict:
@@ -226,9 +262,13 @@ class HighOrderPLLoss(GlobalBatchLoss):
             terms = [streamed_info_nce(x, y, scale, batch.labels, ids, bias) for x, y in pairs]
         return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
 
+    @property
+    def _heads(self) -> list[TransitionHeads]:
+        return cast(list[TransitionHeads], list(self.transition_heads))
+
     def _transitions(self, batch: GlobalBatch) -> dict[str, Transitions]:
-        """Tables by candidate modality."""
-        if not self.transition_heads:
+        """Tables by candidate modality; none while the ramp is 0."""
+        if not self.transition_heads or self._ranking_off:
             return {}
         first, last = self.transition_heads[0], self.transition_heads[-1]
         return {
@@ -243,6 +283,14 @@ class HighOrderPLLoss(GlobalBatchLoss):
             return tables
         weights = {n: scale_gradient(p, 1 / self.accum_freq) for n, p in heads.named_parameters()}
         return torch.func.functional_call(heads, weights, (candidates,))  # type: ignore[no-any-return]
+
+    def _no_ranking(self, batch: GlobalBatch) -> Tensor:
+        """Return a zero that the heads' parameters take part in: DDP expects all of them to."""
+        total = batch.images.new_zeros(())
+        for heads in self._heads:
+            predecessors, keys = heads(batch.texts[:0])
+            total = total + predecessors.sum() + keys.sum()
+        return total
 
     def _ranking(
         self,
@@ -269,25 +317,21 @@ class HighOrderPLLoss(GlobalBatchLoss):
         # a copy: DDP rewrites buffers in every forward, and two may precede a backward
         return total * self.ranking_ramp.clone()
 
-    def set_progress(self, progress: float) -> None:
-        """Set RankCLIP's ramp: ranking terms are multiplied by clamp(3 progress, 0, 2) from now on.
-
-        Args:
-            progress: training progress in [0, 1]; RankCLIP's is (e-1)/(E-1) in epoch e of E, from
-                1. Until the first call the factor is 1. Not saved: call it again after a resume.
-
-        Raises:
-            ValueError: progress is outside [0, 1].
-        """
-        if not 0 <= progress <= 1:
-            raise ValueError(f"set_progress: progress must be in [0, 1], got {progress}")
-        self.ranking_ramp.fill_(min(3 * progress, 2.0))
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load; a state of order 0 or 1, which has no heads, leaves them at their start."""
+        whole = prefix + "ranking_ramp" in state_dict  # not the state of something else
+        if whole and not any(name.startswith(prefix + "transition_heads.") for name in state_dict):
+            for number, heads in enumerate(self._heads):
+                for name, value in heads.initial_values().items():
+                    state_dict[f"{prefix}transition_heads.{number}.{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def last_stats(self) -> dict[str, Tensor]:
-        """Detached 0-D statistics of the last forward, computed when read; {} before the first.
+        """Detached 0-D statistics of the last forward, computed when read, in chunks of anchors.
 
-        See `rankloss.diagnostics.summarize` for what they are.
+        {} before the first, after a forward inside vmap, and with keep_stats=False. See
+        `rankloss.diagnostics.summarize` for what they are.
         """
         return {} if self._snapshot is None else summarize(self._snapshot)
 
@@ -297,7 +341,7 @@ class HighOrderPLLoss(GlobalBatchLoss):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last step's features behind."""
-        return {**super().__getstate__(), "_snapshot": None}
+        return {**super().__getstate__(), "_snapshot": None, "_adviser": Adviser()}
 
     def extra_repr(self) -> str:
         return (
@@ -307,19 +351,23 @@ class HighOrderPLLoss(GlobalBatchLoss):
             f"in_modal_weight={self.in_modal_weight:g}, impl={self.impl!r}"
         )
 
-    def _warn_once_unless_normalized(self, *features: Tensor) -> None:
-        """Reads the norms on the first call only, so that later steps never synchronise."""
-        if self._norms_seen or torch.compiler.is_compiling() or features[0].device.type == "meta":
-            return
-        self._norms_seen = True
-        for name, x in zip(("image_features", "text_features"), features, strict=True):
-            off = (x.detach().float().norm(dim=1) - 1).abs()
-            if len(off) and off.max() > 0.02:
-                warnings.warn(
-                    f"{name} are not unit-norm (a norm is off by {off.max().item():.3g}); pass "
-                    "torch.nn.functional.normalize(features, dim=1)",
-                    stacklevel=3,
-                )
+
+class ClipOptions(GatherOptions, total=False):
+    """Arguments of `HighOrderPLLoss` that mean something without ranking terms."""
+
+    contrastive_weight: float
+    keep_stats: bool
+
+
+class RankCLIPOptions(ClipOptions, total=False):
+    """Arguments of `HighOrderPLLoss` that mean something without transitions."""
+
+    top_k: int | None
+    cross_modal_weight: float
+    in_modal_weight: float
+    discount: Discount
+    exclude_self: bool
+    impl: str
 
 
 class RankCLIPLoss(HighOrderPLLoss):
@@ -327,37 +375,32 @@ class RankCLIPLoss(HighOrderPLLoss):
 
     Takes `HighOrderPLLoss`'s arguments but those of transitions. RankCLIP's schedule of the
     ranking weight is `set_progress((e - 1) / (E - 1))` at the start of each epoch e of E.
+
+    >>> loss = RankCLIPLoss(top_k=4)
+    >>> loss.set_progress(0.5)
+    >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+    >>> loss(image, text, logit_scale=14.3).shape
+    torch.Size([])
     """
 
-    def __init__(
-        self,
-        *,
-        top_k: int | None = None,
-        contrastive_weight: float = 1.0,
-        cross_modal_weight: float = 1 / 16,
-        in_modal_weight: float = 1 / 16,
-        discount: Discount = "none",
-        exclude_self: bool = False,
-        impl: str = "auto",
-        **gathering: Unpack[GatherOptions],
-    ) -> None:
-        super().__init__(
-            order=1,
-            top_k=top_k,
-            contrastive_weight=contrastive_weight,
-            cross_modal_weight=cross_modal_weight,
-            in_modal_weight=in_modal_weight,
-            discount=discount,
-            exclude_self=exclude_self,
-            impl=impl,
-            **gathering,
-        )
+    def __init__(self, **options: Unpack[RankCLIPOptions]) -> None:
+        check_option_names("RankCLIPLoss", options, RankCLIPOptions)
+        super().__init__(order=1, **options)
 
 
 class ClipLoss(HighOrderPLLoss):
-    """CLIP: the order-0 member, symmetric InfoNCE; its "ranking_loss" is 0."""
+    """CLIP: the order-0 member, symmetric InfoNCE; its "ranking_loss" is 0.
 
-    def __init__(
-        self, *, contrastive_weight: float = 1.0, **gathering: Unpack[GatherOptions]
-    ) -> None:
-        super().__init__(order=0, contrastive_weight=contrastive_weight, **gathering)
+    Takes `HighOrderPLLoss`'s arguments but those of ranking.
+
+    >>> loss = ClipLoss(keep_stats=False)
+    >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+    >>> logits, labels = 14.3 * image @ text.T, torch.arange(8)
+    >>> cross_entropy = torch.nn.functional.cross_entropy
+    >>> by_hand = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    >>> torch.testing.assert_close(loss(image, text, logit_scale=14.3), by_hand)
+    """
+
+    def __init__(self, **options: Unpack[ClipOptions]) -> None:
+        check_option_names("ClipLoss", options, ClipOptions)
+        super().__init__(order=0, **options)

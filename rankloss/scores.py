@@ -29,8 +29,12 @@ class _Dot(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates = ctx.saved_tensors
+        to_anchors, to_candidates = ctx.needs_input_grad
         with outside_autocast(anchors):
-            return grad @ candidates, grad.T @ anchors
+            return (
+                grad @ candidates if to_anchors else None,
+                grad.T @ anchors if to_candidates else None,
+            )
 
 
 def scaled_cosines(anchors: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:

@@ -106,12 +106,14 @@ def equal(ids: list[int]) -> Tensor:
 def tables_of(
     loss: HighOrderPLLoss, image: Tensor, text: Tensor
 ) -> tuple[Transitions | None, Transitions | None]:
-    """P_mj = H A_mj and C_m = H B_m / sqrt(r), for image candidates and for text candidates."""
+    """P_mj = rms_norm(H A_mj), C_m = H B_m / sqrt(r), for image candidates and for text candidates."""
     parameters = [x.detach().double() for x in loss.parameters()]
     if not parameters:
         return None, None
     tables = []
     for h, (a, b) in ((image, parameters[:2]), (text, parameters[-2:])):
         keys = torch.stack([h @ x / x.shape[1] ** 0.5 for x in b])
-        tables.append(Transitions(torch.stack([h @ x for x in a]), keys))
+        rows = torch.stack([h @ x for x in a])
+        rows = rows / (rows.square().mean(2, keepdim=True) + torch.finfo(rows.dtype).eps).sqrt()
+        tables.append(Transitions(rows, keys))
     return tables[0], tables[1]
