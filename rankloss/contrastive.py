@@ -79,16 +79,17 @@ def streamed_info_nce(
 
     Args:
         anchors, candidates: (N, D) and (M, D), float32 or float64.
-        scale, bias: 0-D.
+        scale, bias: 0-D, of any floating dtype.
         labels: (N,) int64.
         ids: (M,) integers each.
 
     Returns:
         A scalar; 0 for an empty batch.
     """
-    queries = scale * anchors
+    queries = scale.to(anchors.dtype) * anchors
     if bias is not None:  # one more feature, so that every path adds it
-        queries = torch.cat([queries, bias.expand(len(queries), 1)], 1)
+        column = bias.to(queries.dtype).expand(len(queries), 1)
+        queries = torch.cat([queries, column], 1)
         candidates = torch.cat([candidates, candidates.new_ones(len(candidates), 1)], 1)
     if not ids and len(labels) and hasattr(F, "linear_cross_entropy"):  # it divides by len(labels)
         total: Tensor = F.linear_cross_entropy(
@@ -191,13 +192,18 @@ class SigLipLoss(GlobalBatchLoss):
     def _sides(
         self, images: Tensor, texts: Tensor, processes: Processes
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image anchors, text candidates, and the label of each anchor; local images stay here."""
-        modes = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
-        all_texts = gather_features(texts, processes, **modes)
-        if self.local_loss:
-            start = processes.rank * len(images)
-        else:
-            images, start = gather_features(images, processes, **modes), 0
+        """Image anchors, text candidates, and the label of each anchor.
+
+        There is one direction only, so that own texts keep their gradient whatever the options.
+        """
+
+        def everywhere(x: Tensor) -> Tensor:
+            with_grad = self.gather_with_grad
+            return gather_features(x, processes, local_loss=False, gather_with_grad=with_grad)
+
+        all_texts = everywhere(texts)
+        start = processes.rank * len(images) if self.local_loss else 0
+        images = images if self.local_loss else everywhere(images)
         labels = torch.arange(start, start + len(images), device=images.device)
         return images, all_texts, labels
 

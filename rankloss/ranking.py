@@ -257,7 +257,6 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         self, batch: GlobalBatch, scale: Tensor, bias: Tensor | None, ids: list[Tensor]
     ) -> Tensor:
         pairs = (batch.image_anchors, batch.texts), (batch.text_anchors, batch.images)
-        scale = scale.to(batch.images.dtype)
         with outside_autocast(batch.images):
             terms = [streamed_info_nce(x, y, scale, batch.labels, ids, bias) for x, y in pairs]
         return self.contrastive_weight * 0.5 * (terms[0] + terms[1])

@@ -16,11 +16,13 @@ from rankloss import ClipLoss, CyCLIPLoss, SigLipLoss
 from tests.helpers.features import features
 from tests.helpers.processes import ProcessGroup
 
-Make = Callable[[], nn.Module]
+Make = Callable[..., nn.Module]
 LOSSES: dict[str, Make] = {
     "siglip": SigLipLoss,
     "cyclip": CyCLIPLoss,
-    "cyclip, other weights": lambda: CyCLIPLoss(in_modal_weight=0.5, cross_modal_weight=2.0),
+    "cyclip, other weights": lambda **options: CyCLIPLoss(
+        in_modal_weight=0.5, cross_modal_weight=2.0, **options
+    ),
 }
 each_baseline = pytest.mark.parametrize("name", LOSSES)
 
@@ -56,6 +58,21 @@ def test_siglip_by_hand() -> None:
             z = 7.0 * float(image[i] @ text[j]) - 2.0
             expected += math.log1p(math.exp(-z if i == j else z)) / 5
     assert float(SigLipLoss()(image, text, 7.0, -2.0)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_siglip_with_ids_by_hand() -> None:
+    """Pairs that share an image or a caption are matches, all others are not."""
+    image, text = features(5, grad=False)
+    image_ids, text_ids = torch.tensor([0, 1, 0, 2, 3]), torch.tensor([4, 4, 5, 6, 7])
+    matches = {(0, 2), (0, 1)}
+    expected = 0.0
+    for i in range(5):
+        for j in range(5):
+            z = 7.0 * float(image[i] @ text[j]) - 2.0
+            same = i == j or (i, j) in matches or (j, i) in matches
+            expected += math.log1p(math.exp(-z if same else z)) / 5
+    value = SigLipLoss()(image, text, 7.0, -2.0, image_ids=image_ids, text_ids=text_ids)
+    assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
 # ---------------------------------------------------------------- CyCLIP
@@ -97,10 +114,21 @@ def test_cyclip_golden_values() -> None:
     assert float(parts["contrastive_loss"]) == pytest.approx(clip, rel=1e-12)
 
 
-def test_cyclip_without_penalties_is_clip() -> None:
+@pytest.mark.parametrize("ids", [{}, {"text_ids": torch.arange(9) // 2}], ids=["no ids", "ids"])
+def test_cyclip_without_penalties_is_clip(ids: dict[str, Tensor]) -> None:
     image, text = features(9)
     loss = CyCLIPLoss(in_modal_weight=0.0, cross_modal_weight=0.0)
-    assert torch.equal(loss(image, text, 20.0, -1.0), ClipLoss()(image, text, 20.0, -1.0))
+    expected = ClipLoss()(image, text, 20.0, -1.0, **ids)
+    assert torch.equal(loss(image, text, 20.0, -1.0, **ids), expected)
+
+
+def test_cyclips_penalties_do_not_change_with_ids() -> None:
+    image, text = features(9)
+    plain, with_ids = (
+        CyCLIPLoss()(image, text, 20.0, image_ids=ids, output_dict=True)["cyclic_loss"]
+        for ids in (None, torch.arange(9) // 2)
+    )
+    assert torch.equal(plain, with_ids)
 
 
 def test_the_scale_gets_only_clips_gradient() -> None:
@@ -178,13 +206,13 @@ def test_bad_input(name: str) -> None:
 class Pair(nn.Module):
     """Two linear towers, scale and bias, and a loss inside."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: bool) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.image, self.text = nn.Linear(5, 7), nn.Linear(6, 7)
         self.scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
-        self.loss = LOSSES[name]()
+        self.loss = LOSSES[name](**options)
         self.double()
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
@@ -193,9 +221,11 @@ class Pair(nn.Module):
         return value
 
 
-def gradients_of_a_share(name: str, images: Tensor, texts: Tensor) -> tuple[Tensor, list[Tensor]]:
+def gradients_of_a_share(
+    name: str, images: Tensor, texts: Tensor, options: dict[str, bool]
+) -> tuple[Tensor, list[Tensor]]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = Pair(name)
+    model = Pair(name, **options)
     parallel = DistributedDataParallel(model)
     value = parallel(images.chunk(world)[rank], texts.chunk(world)[rank])
     value.backward()
@@ -209,18 +239,30 @@ def two_processes() -> Iterator[ProcessGroup]:
     group.close()
 
 
+@pytest.mark.parametrize("gather_with_grad", [True, False])
+@pytest.mark.parametrize("local_loss", [True, False])
 @each_baseline
-def test_two_processes_have_the_gradient_of_one(two_processes: ProcessGroup, name: str) -> None:
+def test_two_processes_have_the_gradient_of_one(
+    two_processes: ProcessGroup, name: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    """Without gradient in the gather towers have less: half of it where all score everything."""
     g = torch.Generator().manual_seed(1)
     images, texts = (torch.randn(12, d, generator=g, dtype=torch.float64) for d in (5, 6))
     model = Pair(name)
     value = model(images, texts)
     expected = torch.autograd.grad(value, list(model.parameters()))
-    results = two_processes.run(gradients_of_a_share, name, images, texts)
+    options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    results = two_processes.run(gradients_of_a_share, name, images, texts, options)
     torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
     for _, gradients in results:
-        for x, y in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+        for (parameter, _), x, y in zip(model.named_parameters(), gradients, expected, strict=True):
+            local_is_exact = name == "siglip" and local_loss and parameter.startswith("image")
+            if gather_with_grad or local_is_exact or parameter in ("scale", "bias"):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+            elif not local_loss:
+                torch.testing.assert_close(x, y / 2, rtol=0, atol=1e-12)
+            else:
+                assert (x - y).abs().max() > 1e-4
 
 
 def uneven_share(name: str) -> str:

@@ -151,14 +151,18 @@ def test_streamed_equals_held(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scalars", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_ids", [False, True], ids=["no ids", "ids"])
 def test_a_large_batch_streams(
-    with_ids: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    with_ids: bool, scalars: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Below and above the threshold values, gradients and accepted dtypes are the same."""
     image, text = features(12, dtype=dtype)
+    scale, bias = (torch.tensor(x, dtype=scalars, requires_grad=True) for x in ([20.0], -1.0))
+    leaves = (image, text, scale, bias)
     ids = {"image_ids": torch.arange(12) // 2} if with_ids else {}
-    held = ClipLoss()(image, text, 20.0, -1.0, **ids)
-    expected = torch.autograd.grad(held, (image, text))
+    held = ClipLoss()(image, text, scale, bias, **ids)
+    expected = torch.autograd.grad(held, leaves)
     calls = []
     plain = streamed_info_nce
 
@@ -169,13 +173,13 @@ def test_a_large_batch_streams(
     for module in (contrastive, ranking):
         monkeypatch.setattr(module, "STREAM_ABOVE", 50)
     monkeypatch.setattr(ranking, "streamed_info_nce", counted)
-    streamed = ClipLoss()(image, text, 20.0, -1.0, **ids)
+    streamed = ClipLoss()(image, text, scale, bias, **ids)
     assert len(calls) == 2  # images to texts, and texts to images
     assert streamed.dtype == held.dtype
     torch.testing.assert_close(streamed, held)
-    eps = torch.finfo(dtype).eps
-    for x, y in zip(torch.autograd.grad(streamed, (image, text)), expected, strict=True):
-        size = float(y.abs().max())
+    for x, y in zip(torch.autograd.grad(streamed, leaves), expected, strict=True):
+        assert x.dtype == y.dtype
+        eps, size = torch.finfo(x.dtype).eps, float(y.abs().max())
         torch.testing.assert_close(x, y, rtol=0, atol=2 * eps * size + 1e-6)
 
 
