@@ -24,10 +24,13 @@ class Snapshot(NamedTuple):
 def take_snapshot(
     batch: GlobalBatch, scale: Tensor, transitions: dict[str, Transitions]
 ) -> Snapshot | None:
-    """Keep what `summarize` needs, without the graph; None inside vmap, for there is no one batch.
+    """Keep what `summarize` needs, without the graph.
 
+    None inside vmap, for there is no one batch, and in exported programs, which keep nothing.
     Tensors of torch.func's gradients are replaced by what they stand for, which outlives them.
     """
+    if _is_exporting():
+        return None
     texts = transitions.get("text")
     tensors = [x.detach() for x in (*batch, scale, *(texts or ()))]
     if not torch.compiler.is_compiling():
@@ -37,6 +40,10 @@ def take_snapshot(
         tensors = [x.detach() for x in plain]
     tables = {"text": Transitions(*tensors[6:])} if texts else {}
     return Snapshot(GlobalBatch(*tensors[:5]), tensors[5], tables)
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", bool)())  # older versions lack it
 
 
 @torch.no_grad()

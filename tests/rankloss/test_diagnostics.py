@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss, diagnostics, rankings
 from tests.helpers.features import features, randomize
+from tests.helpers.recorder import Recorder
 
 # cosines [[0, 0.8, 0.6], [1, 0, 0], [0, 0.96, -0.28]], an image a row
 IMAGES = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.6, -0.8]])
@@ -100,6 +102,8 @@ def test_transition_sizes_by_hand(share: bool) -> None:
     for m, values in squares.items():
         rms = torch.tensor((sum(values) / len(values)) ** 0.5)
         torch.testing.assert_close(loss.last_stats[f"transition_{m}"], rms)
+        largest = torch.tensor(max(values) ** 0.5)
+        torch.testing.assert_close(loss.last_stats[f"transition_{m}_max"], largest)
     with torch.no_grad():
         for p in loss.parameters():
             p.zero_()
@@ -142,7 +146,53 @@ def test_statistics_are_of_the_last_forward() -> None:
         assert loss.last_stats["scale"] == scale
 
 
+@pytest.mark.parametrize("order", [0, 3])
+def test_statistics_after_functional_transforms(order: int) -> None:
+    """Gradients leave the statistics of their batch; vmap has no one batch to tell about."""
+    image, text = features(9, dtype=torch.float32, grad=False)
+    loss = randomize(HighOrderPLLoss(8, order, transition_dim=4))
+    loss(image, text, 10.0)
+    plain = loss.last_stats
+    torch.func.grad(lambda x: loss(x, text, 10.0))(image)
+    assert loss.last_stats.keys() == plain.keys()
+    for name, x in loss.last_stats.items():
+        assert torch.equal(x, plain[name]), name
+    torch.vmap(lambda x: loss(x, text, 10.0))(image.expand(2, 9, 8))
+    assert loss.last_stats == {}
+
+
 # ---------------------------------------------------------------- cost
+
+
+def test_nothing_is_kept_when_told_so() -> None:
+    loss = HighOrderPLLoss(8, 3, keep_stats=False)
+    image, text = features(9)
+    loss(image, text, 10.0).backward()
+    held = [weakref.ref(image), weakref.ref(text)]
+    del image, text
+    assert [x() for x in held] == [None, None]
+    assert loss.last_stats == {}
+
+
+@pytest.mark.parametrize("order", [0, 3])
+def test_reading_streams_over_anchors(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No N x M tensor is made, and chunks of any size give the same numbers."""
+    image, text = features(600, dtype=torch.float32)
+    loss = randomize(HighOrderPLLoss(8, order, transition_dim=4, top_k=2))
+    loss(image, text, 10.0)
+    whole = loss.last_stats
+    for chunk in (600, 7_000, 128**3):
+        monkeypatch.setattr(diagnostics, "CHUNK", chunk)
+        with Recorder() as recorder:
+            stats = loss.last_stats
+        assert recorder.largest <= max(128**3, 128 * 600)  # the samples' own sizes
+        for name, x in whole.items():
+            torch.testing.assert_close(stats[name], x)
+    monkeypatch.setattr(diagnostics, "SAMPLE", 4)
+    monkeypatch.setattr(diagnostics, "CHUNK", 7_000)
+    with Recorder() as recorder:
+        assert loss.last_stats
+    assert recorder.largest < 16_000 < 600 * 600
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Bad input: the kind of error and what it tells the user."""
 
+import math
 import re
-import warnings
 from typing import Any
 
 import pytest
@@ -200,8 +200,24 @@ def test_rankings(scores: Tensor, top_k: int | None, error: type[Exception], tex
         ({"order": 1, "top_k": 0}, "top_k must be at least 1, got 0; None ranks everything"),
         ({"order": 1, "top_k": -3}, "top_k must be at least 1, got -3"),
         ({"order": 1, "discount": "dcg"}, "unknown discount 'dcg'"),
+        ({"order": 1, "impl": "cuda"}, "unknown impl 'cuda'; choose 'auto' or one of ["),
+        ({"order": 2, "embed_dim": 8, "top_k": 1}, "top_k=1 has no transitions"),
+        ({"order": 1, "in_modal_weight": -1}, "in_modal_weight must be finite and not negative"),
+        ({"order": 1, "cross_modal_weight": math.nan}, "cross_modal_weight must be finite"),
+        ({"order": 0, "contrastive_weight": math.inf}, "contrastive_weight must be finite"),
+        ({"order": 0, "contrastive_weight": 0}, "every weight that counts at order 0 is 0"),
+        (
+            {
+                "order": 1,
+                "contrastive_weight": 0,
+                "cross_modal_weight": 0,
+                "in_modal_weight": 0,
+            },
+            "every weight that counts at order 1 is 0",
+        ),
         ({"order": 2, "embed_dim": 0}, "embed_dim and transition_dim must be positive, got 0 and"),
         ({"order": 2, "embed_dim": 8, "transition_dim": 0}, "must be positive, got 8 and 0"),
+        ({"order": 2, "embed_dim": 8, "transition_dim": 1}, "transition_dim 1 leaves nothing to"),
     ],
     ids=lambda x: ", ".join(map(str, x)) if isinstance(x, dict) else "",
 )
@@ -210,11 +226,23 @@ def test_settings(settings: dict[str, Any], text: str) -> None:
         HighOrderPLLoss(**settings)
 
 
-@pytest.mark.parametrize("make", [lambda **x: HighOrderPLLoss(order=1, **x), RankCLIPLoss])
-def test_unknown_impl(make: Any) -> None:
-    image, text = features(3)
-    with pytest.raises(ValueError, match=r"unknown impl 'cuda'; choose 'auto' or one of \["):
-        make(impl="cuda")(image, text, 10.0)
+def test_named_members_take_what_concerns_them() -> None:
+    """And hand it on; an option that would do nothing is refused as Python refuses it."""
+    loss = RankCLIPLoss(top_k=2, in_modal_weight=0.5, impl="reference", local_loss=False)
+    assert (loss.order, loss.top_k, loss.in_modal_weight) == (1, 2, 0.5)
+    assert (loss.impl, loss.local_loss) == ("reference", False)
+    assert not ClipLoss(contrastive_weight=2.0, keep_stats=False).keep_stats
+    with pytest.raises(ValueError, match="unknown impl 'cuda'"):
+        RankCLIPLoss(impl="cuda")
+    members: list[tuple[Any, str]] = [
+        (RankCLIPLoss, "transition_dim"),
+        (ClipLoss, "top_k"),
+        (ClipLoss, "order"),
+    ]
+    for make, option in members:
+        text = f"{make.__name__} got an unexpected keyword argument '{option}'"
+        with pytest.raises(TypeError, match=text):
+            make(**{option: 1})
 
 
 def test_transition_heads() -> None:
@@ -224,6 +252,17 @@ def test_transition_heads() -> None:
     for shape in ((5, 7), (8,), (1, 5, 8)):
         with pytest.raises(ValueError, match=re.escape(f"{shape}, expected (M, embed_dim=8)")):
             heads(torch.randn(shape))
+
+
+def test_a_loss_left_on_another_device() -> None:
+    pair = [x.to("meta") for x in features(3, dtype=torch.float32)]
+    for progress in (0.0, 1.0):
+        loss = HighOrderPLLoss(8, 2)
+        loss.set_progress(progress)
+        with pytest.raises(ValueError, match=r"features are on meta but .* loss on cpu") as raised:
+            loss(*pair, torch.tensor(10.0, device="meta"))
+        assert "loss.to('meta')" in str(raised.value)
+        loss.to("meta")(*pair, torch.tensor(10.0, device="meta"))
 
 
 IMAGE, TEXT = features(3, grad=False)
@@ -310,27 +349,3 @@ def test_world_that_is_not_there(given: dict[str, Any]) -> None:
 def test_progress(progress: float) -> None:
     with pytest.raises(ValueError, match=r"set_progress: progress must be in \[0, 1\], got"):
         RankCLIPLoss().set_progress(progress)
-
-
-# ---------------------------------------------------------------- a warning
-
-
-@pytest.mark.parametrize("which", ["image_features", "text_features"])
-def test_unnormalised_features_warn_once(which: str) -> None:
-    given = {"image_features": IMAGE, "text_features": TEXT}
-    given[which] = 3 * given[which]
-    loss = ClipLoss()
-    with pytest.warns(UserWarning, match=rf"{which} are not unit-norm .*off by 2\); pass torch"):
-        loss(**given, logit_scale=10.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss(**given, logit_scale=10.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_normalised_features_of_any_precision_do_not_warn(dtype: torch.dtype) -> None:
-    for seed in range(20):
-        image, text = features(40, 512, seed=seed, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            ClipLoss()(image, text, 10.0)
