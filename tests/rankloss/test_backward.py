@@ -1,10 +1,15 @@
 """Backward passes: repeated, odd upstream gradients, odd layouts, inputs left alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import Transitions
+from rankloss import HighOrderPLLoss, Transitions
+from rankloss.scores import scaled_cosines
+from tests.helpers.features import features
 from tests.helpers.problems import Problem, each_case, each_implementation, make_problem
 from tests.properties import nll, value_and_gradients
 
@@ -109,3 +114,50 @@ def test_only_what_needs_a_gradient_gets_one(impl: str) -> None:
         assert not nll(p, impl).requires_grad
     with torch.inference_mode():
         assert torch.equal(nll(p, impl), nll(p.to(torch.float64), impl))
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("wanted", ["anchors", "candidates"])
+def test_only_the_wanted_product_is_computed(wanted: str) -> None:
+    """A frozen tower costs no matrix product in the backward pass."""
+    anchors, candidates = torch.randn(4, 3), torch.randn(5, 3)
+    leaf = (anchors if wanted == "anchors" else candidates).requires_grad_()
+    scores = scaled_cosines(anchors, candidates, torch.tensor(2.0))
+    with torch.profiler.profile() as profile:
+        torch.autograd.backward(scores.sum())
+    products = [x for x in profile.events() if x.name == "aten::mm"]
+    assert len(products) == 1
+    other = candidates if wanted == "anchors" else anchors
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, 2 * other.sum(0).expand_as(leaf))
+
+
+FORBIDDEN = ("cumsum", "cumsum_", "put_", "histc", "bincount", "kthvalue", "median", "index_copy")
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("discount", ["none", "log"])
+def test_nothing_that_deterministic_algorithms_refuse(discount: Any, order: int) -> None:
+    """Those that torch.use_deterministic_algorithms(True) refuses on CUDA, here where they run."""
+    image, text = features(9, dtype=torch.float32)
+    loss = HighOrderPLLoss(8, order, discount=discount, exclude_self=True)
+    with Operations() as operations, torch.autograd.set_multithreading_enabled(False):
+        loss(image, text, 14.3, image_ids=torch.arange(9) // 2).backward()
+    assert "mm" in operations.names
+    assert not operations.names & set(FORBIDDEN)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the operations with a floating result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.names.add(func.name().split("::")[1].split(".")[0])
+        return result

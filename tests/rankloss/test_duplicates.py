@@ -1,10 +1,14 @@
 """Ids: what the same image or caption under two numbers does, and never does."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import HighOrderPLLoss, Transitions
+from rankloss.contrastive import positive_mask
 from tests.helpers.features import equal, features, randomize
 from tests.helpers.problems import each_implementation
 
@@ -116,3 +120,66 @@ def test_exclude_self_leaves_the_own_score_alone(
     _, in_modal = pair_gradients(loss, 5.0, **ids)
     assert (in_modal.diagonal().abs().max() < NOTHING) == exclude_self
     assert in_modal.abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- unknown and distinct ids
+
+
+@each_implementation
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_negative_ids_match_nothing(order: int, impl: str) -> None:
+    """Unknown items are neither each other's repetitions, nor a known item's."""
+    image, text = features(7)
+    loss = randomize(HighOrderPLLoss(8, order, transition_dim=4, impl=impl).double())
+    plain = loss(image, text, 14.3)
+    unknown = torch.full((7,), -1)
+    torch.testing.assert_close(loss(image, text, 14.3, image_ids=unknown, text_ids=unknown), plain)
+    some = torch.tensor([4, -1, 4, -1, -2, 3, -2])
+    named = torch.tensor([4, 10, 4, 11, 12, 3, 13])
+    for name in ("image_ids", "text_ids"):
+        actual = loss(image, text, 14.3, **{name: some})
+        torch.testing.assert_close(actual, loss(image, text, 14.3, **{name: named}))
+        assert actual != plain
+
+
+def test_positive_mask_of_unknown_ids_of_any_dtype() -> None:
+    labels = torch.tensor([1, 2, 3])
+    for dtype in (torch.int8, torch.int64):
+        mask = positive_mask([torch.tensor([5, 5, -1, -1], dtype=dtype)], labels)
+        assert mask is not None
+        assert mask.tolist() == [
+            [True, True, False, False],
+            [False, False, True, False],
+            [False, False, False, True],
+        ]
+
+
+@pytest.mark.parametrize("order", [0, 3])
+def test_distinct_ids_cost_nothing(order: int) -> None:
+    """On the CPU no N x M mask is made of them, nor of anything else."""
+    image, text = features(40, dtype=torch.float32)
+    loss = HighOrderPLLoss(8, order)
+    ids = {"image_ids": torch.arange(40), "text_ids": torch.full((40,), -1)}
+    loss(image, text, 14.3)
+    with Masks() as without:
+        plain = loss(image, text, 14.3)
+    with Masks() as masks:
+        assert torch.equal(loss(image, text, 14.3, **ids), plain)
+    assert masks.count == without.count
+    with Masks() as masks:
+        loss(image, text, 14.3, image_ids=torch.arange(40) // 2)
+    assert masks.count > without.count
+
+
+class Masks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts boolean matrices of anchors against candidates."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.bool and result.dim() == 2:
+            self.count += 1
+        return result

@@ -101,3 +101,10 @@ def test_carries_no_gradient_and_leaves_the_scores_alone(top_k: int) -> None:
 
 def test_empty_batch() -> None:
     assert rankings(torch.empty(0, 5), 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize("top_k", [2, 15, 39])
+def test_no_view_of_the_full_sort(top_k: int) -> None:
+    """What is kept for the backward pass is N x K, not N x M."""
+    ranking = rankings(torch.randn(50, 40), top_k)
+    assert ranking.untyped_storage().nbytes() == 8 * 50 * top_k
