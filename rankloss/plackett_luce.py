@@ -36,6 +36,10 @@ def rankings(scores: Tensor, top_k: int | None = None) -> Tensor:
     Raises:
         TypeError: scores are not floating.
         ValueError: scores are not 2-D, or top_k < 1.
+
+    >>> rankings(torch.tensor([[0.1, 0.9, 0.1], [3.0, 1.0, 2.0]]))
+    tensor([[1, 0, 2],
+            [0, 2, 1]])
     """
     check_scores("rankings", scores)
     if top_k is not None and top_k < 1:
@@ -98,6 +102,13 @@ def plackett_luce_nll(
     Raises:
         TypeError: scores are not floating, ranking is not integer, or mask is not bool.
         ValueError: shapes, devices or values do not fit, or an option is unknown.
+
+    >>> scores = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> first, second = (torch.tensor([order]) for order in ([0, 1, 2], [2, 1, 0]))
+    >>> bool(plackett_luce_nll(scores, first) < plackett_luce_nll(scores, second))
+    True
+    >>> plackett_luce_nll(scores, first[:, :1])  # one place: the cross-entropy of its candidate
+    tensor(0.4076)
     """
     check_inputs(scores, ranking, transitions, mask)
     check_option("discount", discount, Discount)
