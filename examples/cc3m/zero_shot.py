@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -13,7 +14,6 @@ from torchvision.datasets import ImageFolder
 
 from examples.cc3m.files import UserError
 from examples.cc3m.shards import Failures, decode_image, expand_shards, read_shard
-from examples.cc3m.towers import Towers
 
 Labelled = Iterator[tuple[Tensor, int]]
 
@@ -27,13 +27,19 @@ class Classification:
         classes: file with a class name a line, in the order of the numbers, or of the sorted
             folders; None: the folders' names.
         transform: PIL RGB -> (3, H, W).
+        names: of the classes, in the place of `classes` and whatever the folders are called.
 
     Raises:
         UserError: there are no such images, or names are missing.
     """
 
     def __init__(
-        self, images: str, classes: Path | None, transform: Callable[[Image.Image], Tensor]
+        self,
+        images: str,
+        classes: Path | None,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        names: list[str] | None = None,
     ) -> None:
         self.transform, self.folder = transform, None
         self.shards: list[str] = []
@@ -44,7 +50,7 @@ class Classification:
                 self.shards = expand_shards(images)
             except ValueError as error:
                 raise UserError(f"{error}; give a folder of images or shards") from error
-        self.names = self._names(classes)
+        self.names = self._names(classes) if names is None else names
 
     def _names(self, classes: Path | None) -> list[str]:
         if classes is not None:
@@ -90,14 +96,17 @@ class Classification:
 
 @torch.no_grad()
 def zero_shot(
-    towers: Towers,
+    towers: Any,
     data: Classification,
     tokenize: Callable[[list[str]], Tensor],
     batch_size: int,
     device: torch.device,
     stopping: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Top-1 and top-5 accuracy; None if `stopping` became true meanwhile."""
+    """Top-1 and top-5 accuracy, and the mean over classes of top-1.
+
+    None if `stopping` became true meanwhile.
+    """
     classifier = open_clip.build_zero_shot_classifier(
         towers,
         tokenizer=tokenize,
@@ -106,18 +115,25 @@ def zero_shot(
         num_classes_per_batch=10,
         device=device,
     )
-    first = best_five = count = 0
+    hits, counts = torch.zeros(2, len(data.names), dtype=torch.int64).unbind()
+    best_five = 0
     for images, labels in data.batches(batch_size):
         if stopping():
             return None
-        scores = towers.encode_image(images.to(device)) @ classifier
+        scores = towers.encode_image(images.to(device), normalize=True) @ classifier
         top = scores.topk(min(5, len(data.names)), dim=1).indices.cpu()
-        first += int((top[:, 0] == labels).sum())
+        hits += torch.bincount(labels[top[:, 0] == labels], minlength=len(hits))
+        counts += torch.bincount(labels, minlength=len(counts))
         best_five += int((top == labels[:, None]).sum())
-        count += len(labels)
-    if not count:
+    total = int(counts.sum())
+    if not total:
         raise UserError("no image for zero-shot classification could be read")
-    return {"zeroshot-top1": first / count, "zeroshot-top5": best_five / count}
+    there = counts > 0
+    return {
+        "zeroshot-top1": int(hits.sum()) / total,
+        "zeroshot-top5": best_five / total,
+        "zeroshot-mean-class-recall": float((hits[there] / counts[there]).double().mean()),
+    }
 
 
 def _image_folder(path: str) -> ImageFolder:

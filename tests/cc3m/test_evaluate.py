@@ -124,7 +124,11 @@ def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
 
     towers = Painter(tokenize)
     measured = zero_shot(towers, data, listening, 4, torch.device("cpu"), never)
-    assert measured == {"zeroshot-top1": 1.0, "zeroshot-top5": 1.0}
+    assert measured == {
+        "zeroshot-top1": 1.0,
+        "zeroshot-top5": 1.0,
+        "zeroshot-mean-class-recall": 1.0,
+    }
     assert len(asked) == 2 * len(open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert "a bad photo of a red thing." in asked
     assert sum(len(labels) for _, labels in data.batches(4)) == 6  # the broken one is left out
@@ -136,7 +140,11 @@ def test_wrong_names_lower_the_accuracy(folder: Path, tmp_path: Path) -> None:
     transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), names, transform)
     measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"), never)
-    assert measured == {"zeroshot-top1": 0.0, "zeroshot-top5": 1.0}
+    assert measured == {
+        "zeroshot-top1": 0.0,
+        "zeroshot-top5": 1.0,
+        "zeroshot-mean-class-recall": 0.0,
+    }
 
 
 def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +159,11 @@ def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
     transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
     data = Classification(str(tmp_path / "0.tar"), names, transform)
     measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"), never)
-    assert measured == {"zeroshot-top1": 1.0, "zeroshot-top5": 1.0}
+    assert measured == {
+        "zeroshot-top1": 1.0,
+        "zeroshot-top5": 1.0,
+        "zeroshot-mean-class-recall": 1.0,
+    }
 
 
 def test_an_evaluation_that_is_asked_to_stop_says_so(folder: Path) -> None:

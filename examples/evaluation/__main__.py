@@ -1,0 +1,75 @@
+"""Measure image-text models, several side by side; results as JSON, a table and a picture.
+
+    python -m examples.evaluation retrieval --model ours=local-dir:runs/x/export --pairs 'coco.tsv'
+    python -m examples.evaluation gap --model CLIP=local-dir:a --model full=local-dir:b --pairs ...
+    python -m examples.evaluation zero_shot --model ViT-B-32@laion2b_s34b_b79k \\
+        imagenet-1k=data/imagenet/val imagenet-r=data/imagenet-r objectnet=data/objectnet-1.0
+    python -m examples.evaluation probe --model ... pets=data/pets scenes=data/mine
+    python -m examples.evaluation agreement --model ... --judgements flickr8k_expert.csv
+
+--model is "[label=]name[@weights]" for open_clip; "local-dir:<folder>" is what
+examples/cc3m/train.py exported. --pairs is a spec of webdataset shards (captions a line each in
+"txt") or a CSV file (columns filepath and title). `probe` wants folders with `train` and `test`,
+each with a folder of images for every class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.cc3m.files import UserError
+from examples.evaluation.commands import COMMANDS, Result
+from examples.evaluation.models import load_model
+from examples.evaluation.report import Table, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; the exit code."""
+    options = _parse(arguments)
+    try:
+        columns: dict[str, dict[str, float]] = {}
+        curves: dict[str, Any] = {}
+        notes: list[str] = []
+        for spec in options.model:
+            model = load_model(spec, torch.device(options.device))
+            result: Result = COMMANDS[options.command].measure(model, options)
+            columns[model.label] = result.numbers
+            curves |= {} if result.curve is None else {model.label: result.curve}
+            notes += [note for note in result.notes if note not in notes]
+        table = Table("models", columns, COMMANDS[options.command].title, notes)
+        told = {k: v if isinstance(v, int) else str(v) for k, v in vars(options).items()}
+        paths = write_report(
+            options.out, options.command, table, {"settings": told}, curves or None
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table.text())
+    print(", ".join(map(str, paths)))
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        each = commands.add_parser(name, help=command.title)
+        each.add_argument("--model", action="append", required=True, metavar="[LABEL=]NAME[@W]")
+        each.add_argument("--out", type=Path, default=Path("runs/evaluation"))
+        each.add_argument("--batch-size", type=int, default=128)
+        each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        for flag, settings in command.arguments.items():
+            each.add_argument(flag, **settings)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What each command measures of one model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from examples.cc3m.files import UserError
+from examples.cc3m.zero_shot import Classification, zero_shot
+from examples.evaluation.data import captioned, classification, open_image, read_rows
+from examples.evaluation.gap import gap_curve, gap_measures
+from examples.evaluation.models import Model, batches, encode_pairs
+from examples.evaluation.probes import Labelled, knn, linear_probe
+from examples.evaluation.retrieval import graded_agreement, retrieval
+
+
+@dataclass(frozen=True)
+class Result:
+    """Numbers of one model by name, a curve if there is one, and what was not found."""
+
+    numbers: dict[str, float]
+    curve: list[dict[str, float]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A measurement: its title, arguments beyond the common ones, and what does it."""
+
+    title: str
+    arguments: dict[str, dict[str, Any]]
+    measure: Callable[[Model, argparse.Namespace], Result]
+
+
+def measure_retrieval(model: Model, options: argparse.Namespace) -> Result:
+    pairs = encode_pairs(model, captioned(options.pairs), options.batch_size)
+    numbers = retrieval(pairs.images, pairs.texts, pairs.image_of_text)
+    return Result(numbers, notes=[f"{len(pairs.images)} images, {len(pairs.texts)} captions."])
+
+
+def measure_gap(model: Model, options: argparse.Namespace) -> Result:
+    pairs = encode_pairs(model, captioned(options.pairs), options.batch_size)
+    images, texts = pairs.images, pairs.first_texts()
+    curve = gap_curve(images, texts, model.logit_scale)
+    return Result(gap_measures(images, texts), curve, [f"{len(images)} images."])
+
+
+def measure_zero_shot(model: Model, options: argparse.Namespace) -> Result:
+    """Sets that are not there are told in the notes; at least one must be."""
+    numbers: dict[str, float] = {}
+    notes: list[str] = []
+    for name, images in _named(options.data):
+        if Path(images).suffix != ".tar" and not Path(images).is_dir():
+            notes.append(f"{name}: not found at {images}.")
+            continue
+        data = classification(name, images, model.transform)
+        network, device = model.network, model.device
+        found = zero_shot(network, data, model.tokenize, options.batch_size, device, lambda: False)
+        for measure, value in (found or {}).items():
+            numbers[f"{name} {measure.removeprefix('zeroshot-')}"] = value
+    if not numbers:
+        raise UserError(f"none of the data sets is there: {' '.join(notes)}")
+    return Result(numbers, notes=notes)
+
+
+def measure_probe(model: Model, options: argparse.Namespace) -> Result:
+    numbers: dict[str, float] = {}
+    for name, folder in _named(options.data):
+        parts = [_features(model, f"{folder}/{x}", options.batch_size) for x in ("train", "test")]
+        train, test = parts
+        numbers |= {f"{name} linear {k}": v for k, v in linear_probe(train, test).items()}
+        numbers[f"{name} knn top1"] = knn(train, test)
+    return Result(numbers)
+
+
+def measure_agreement(model: Model, options: argparse.Namespace) -> Result:
+    rows = [row for row in read_rows(options.judgements) if row.score is not None]
+    if not rows:
+        raise UserError(f"{options.judgements} has no rows with a score")
+    cosines = []
+    for batch in batches(tqdm(rows, desc=model.label, unit="pair"), options.batch_size):
+        images = model.images([model.transform(open_image(row.image)) for row in batch])
+        cosines.append((images * model.texts([row.caption for row in batch])).sum(1))
+    scores = torch.tensor([row.score for row in rows if row.score is not None])
+    numbers = graded_agreement(torch.cat(cosines), scores)
+    return Result(numbers, notes=[f"{len(rows)} judgements."])
+
+
+def _features(model: Model, folder: str, batch_size: int) -> Labelled:
+    data = Classification(folder, None, model.transform)
+    features, labels = [], []
+    for images, numbers in tqdm(data.batches(batch_size), desc=folder, unit="batch"):
+        features.append(model.images(list(images)))
+        labels.append(numbers)
+    if not features:
+        raise UserError(f"no image in {folder} could be read")
+    return Labelled(torch.cat(features).numpy(), torch.cat(labels).numpy().astype(np.int64))
+
+
+def _named(specs: list[str]) -> list[tuple[str, str]]:
+    """Pairs of "name=path".
+
+    Raises:
+        UserError: a name or a path is missing.
+    """
+    named = [tuple(spec.partition("=")[::2]) for spec in specs]
+    for spec, (name, path) in zip(specs, named, strict=True):
+        if not (name and path):
+            raise UserError(f"give data sets as name=path, got {spec!r}")
+    return [(name, path) for name, path in named]
+
+
+PAIRS = {"--pairs": {"required": True, "help": "shards, or a CSV file with captions"}}
+DATA = {"data": {"nargs": "+", "metavar": "NAME=PATH"}}
+COMMANDS = {
+    "retrieval": Command("Retrieval, R@1, R@5 and R@10", PAIRS, measure_retrieval),
+    "gap": Command("Modality gap", PAIRS, measure_gap),
+    "zero_shot": Command("Zero-shot classification", DATA, measure_zero_shot),
+    "probe": Command("Probes of frozen image features", DATA, measure_probe),
+    "agreement": Command(
+        "Agreement with graded human judgements, Kendall's tau",
+        {
+            "--judgements": {
+                "required": True,
+                "type": Path,
+                "help": "CSV with image, caption, score",
+            }
+        },
+        measure_agreement,
+    ),
+}

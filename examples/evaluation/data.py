@@ -1,0 +1,199 @@
+"""Data to evaluate on: captioned images, images with grades of captions, classes of ImageNet."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+from PIL import Image
+from torch import Tensor
+
+from examples.cc3m.files import UserError
+from examples.cc3m.shards import Failures, decode_image, expand_shards, read_shard
+from examples.cc3m.zero_shot import Classification
+
+OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+"""Files of ObjectNet's own `mappings` folder."""
+
+
+def captioned(source: str) -> Iterator[tuple[Image.Image, list[str]]]:
+    """Images and all captions of each.
+
+    Args:
+        source: a spec of webdataset shards, whose "txt" has one caption a line; or a CSV file
+            (tabs or commas) with a header, columns "filepath" and "title" (or "image" and
+            "caption"), one row a caption, paths relative to the file.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    if source.endswith((".csv", ".tsv")):
+        captions: dict[Path, list[str]] = {}
+        for row in read_rows(Path(source)):
+            captions.setdefault(row.image, []).append(row.caption)
+        for path, texts in captions.items():
+            yield open_image(path), texts
+        return
+    failures = Failures()
+    for shard in _shards(source):
+        for sample in read_shard(shard, failures):
+            with failures.counting():
+                texts = sample["txt"].decode("utf-8").splitlines()
+                yield decode_image(sample), [text for text in texts if text.strip()]
+
+
+class Row(NamedTuple):
+    """A line of a CSV file: an image, a caption, and how well people say it fits (or nothing)."""
+
+    image: Path
+    caption: str
+    score: float | None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Lines of a CSV file with columns "filepath" or "image", "title" or "caption", and "score".
+
+    Raises:
+        UserError: the file or a column is missing, or a score is no number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    header = text.partition("\n")[0]
+    rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in header else ","))
+    try:
+        return [
+            Row(
+                path.parent / (row.get("filepath") or row["image"]),
+                row.get("title") or row["caption"],
+                float(row["score"]) if row.get("score") else None,
+            )
+            for row in rows
+        ]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} needs columns filepath (or image) and title (or caption), and for judgements "
+            f"a score; its header is {header!r} ({error})"
+        ) from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        UserError: it is no image.
+    """
+    try:
+        return decode_image({"__key__": str(path), "jpg": path.read_bytes()})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no image that can be read: {error}") from error
+
+
+# ---------------------------------------------------------------- ImageNet and its relatives
+
+
+def classification(
+    name: str, images: str, transform: Callable[[Image.Image], Tensor]
+) -> Classification:
+    """Labelled images of a data set, with the classes that it has.
+
+    Args:
+        name: "imagenet-1k", "imagenet-sketch" (1000 classes, folders named by synset),
+            "imagenet-v2" (1000 folders named by number), "imagenet-r", "imagenet-a" (200 classes
+            each, folders named by synset), "objectnet" (its folder with `images` and `mappings`;
+            the classes shared with ImageNet count), or anything else: folders named by class, and
+            for shards a file "classnames.txt" beside them.
+        images: a folder, or a spec of shards with a "cls" number in the order of the classes.
+        transform: PIL RGB -> (3, H, W).
+
+    Raises:
+        UserError: the data are not there, or are not those of this data set.
+    """
+    if name == "objectnet":
+        return _objectnet(Path(images), transform)
+    if name in SUBSETS:
+        numbers = SUBSETS[name]()
+        names = [open_clip.IMAGENET_CLASSNAMES[i] for i in numbers]
+        folders = [str(i) for i in numbers] if name == "imagenet-v2" else synsets(numbers)
+    elif Path(images).is_dir():
+        return Classification(images, None, transform)
+    else:
+        return Classification(images, Path(_shards(images)[0]).parent / "classnames.txt", transform)
+    return _with_classes(images, names, {x: i for i, x in enumerate(folders)}, transform, name)
+
+
+def subset(kind: str) -> list[int]:
+    """ImageNet-1k numbers of the 200 classes of "r" or "a", as timm lists them."""
+    return [int(x) for x in _timm_list(f"imagenet_{kind}_indices.txt")]
+
+
+def synsets(numbers: list[int]) -> list[str]:
+    """WordNet identifiers of ImageNet-1k classes, as timm lists them."""
+    every = _timm_list("imagenet_synsets.txt")
+    return [every[i] for i in numbers]
+
+
+SUBSETS: dict[str, Callable[[], list[int]]] = {
+    "imagenet-1k": lambda: list(range(1000)),
+    "imagenet-v2": lambda: list(range(1000)),
+    "imagenet-sketch": lambda: list(range(1000)),
+    "imagenet-r": lambda: subset("r"),
+    "imagenet-a": lambda: subset("a"),
+}
+"""Data set -> ImageNet-1k numbers of its classes, in the order of its own numbers."""
+
+
+def _objectnet(root: Path, transform: Callable[[Image.Image], Tensor]) -> Classification:
+    mappings = root / "mappings"
+    missing = [name for name in OBJECTNET if not (mappings / name).exists()]
+    if missing:
+        raise UserError(f"{mappings} lacks {missing[0]}; give ObjectNet's folder as published")
+    folder_names, shared = (
+        json.loads((mappings / name).read_text(encoding="utf-8")) for name in OBJECTNET
+    )
+    folders = sorted(folder for folder, label in folder_names.items() if label in shared)
+    names = [folder_names[folder].lower() for folder in folders]
+    numbers = {folder: i for i, folder in enumerate(folders)}
+    return _with_classes(str(root / "images"), names, numbers, transform, "objectnet", partly=True)
+
+
+def _with_classes(
+    images: str,
+    names: list[str],
+    folders: dict[str, int],
+    transform: Callable[[Image.Image], Tensor],
+    data_set: str,
+    *,
+    partly: bool = False,
+) -> Classification:
+    """Images whose folders have these numbers; with `partly`, other folders are left out."""
+    data = Classification(images, None, transform, names=names)
+    if data.folder is None:
+        return data
+    unknown = [name for name in data.folder.classes if name not in folders]
+    if (unknown and not partly) or len(unknown) == len(data.folder.classes):
+        raise UserError(
+            f"{images} is not {data_set}: it has a folder {unknown[0]!r}, and {data_set}'s are "
+            f"named like {next(iter(folders))!r}"
+        )
+    named = [(path, data.folder.classes[label]) for path, label in data.folder.samples]
+    data.folder.samples = [(path, folders[name]) for path, name in named if name in folders]
+    return data
+
+
+def _timm_list(name: str) -> list[str]:
+    text = (importlib.resources.files("timm.data._info") / name).read_text(encoding="utf-8")
+    return text.split()
+
+
+def _shards(spec: str) -> list[str]:
+    try:
+        return expand_shards(spec)
+    except ValueError as error:
+        raise UserError(str(error)) from error
