@@ -6,6 +6,7 @@ loss all features, for a gradient to each; encode each part again, with gradient
 features' gradient on. Source: GradCache, Gao et al. 2021.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -171,11 +172,12 @@ class GradCache:
 
         DDP shares gradients in the last part's backward pass, once every parameter had its turn.
         """
+        parallel = [m for m in self.modules if isinstance(m, DistributedDataParallel)]
+        if not parallel:
+            return []
         used = _leaves_of(total)
         announced: list[Tensor] = []
-        for module in self.modules:
-            if not isinstance(module, DistributedDataParallel):
-                continue
+        for module in parallel:
             own = [p for p in module.parameters() if p in used]
             if own and module.find_unused_parameters:
                 raise ValueError(
@@ -184,7 +186,19 @@ class GradCache:
                     "the model with find_unused_parameters=False"
                 )
             announced += own
+        if len(parallel) == len(self.modules):
+            self._warn_of_strays([p for p in used - set(announced) if isinstance(p, nn.Parameter)])
         return announced
+
+    def _warn_of_strays(self, strays: Sequence[Tensor]) -> None:
+        if strays and not self._compared:
+            shapes = [tuple(p.shape) for p in strays]
+            warnings.warn(
+                f"GradCache: the loss uses parameters of shapes {shapes} that are in none of the "
+                "DistributedDataParallel modules, so that every process trains its own copy; make "
+                "the loss a submodule of the model before wrapping it (rankloss.attach)",
+                stacklevel=4,
+            )
 
 
 def _backward(outputs: Outputs, gradients: dict[str, Tensor], own: Sequence[Tensor]) -> None:

@@ -227,6 +227,20 @@ def test_two_processes_share_gradients_once(two: ProcessGroup, sizes: list[int])
         assert counts == [1, 1, 1]
 
 
+def with_a_loss_outside(sizes: list[int]) -> None:
+    model, outside = Model(), HighOrderPLLoss(7, 2, transition_dim=4).double()
+    del model.loss
+    parallel = DistributedDataParallel(model)
+    step = GradCache(lambda part: parallel(**part), outside, modules=[parallel])
+    with pytest.warns(UserWarning, match="every process trains its own copy"):
+        step(local_parts(sizes))
+    step(local_parts(sizes))  # said once; a second warning would be an error here
+
+
+def test_a_loss_outside_ddp_is_warned_of(two: ProcessGroup) -> None:
+    two.run(with_a_loss_outside, [2, 4])
+
+
 def with_unused(sizes: list[int]) -> str:
     model = Model()
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
