@@ -13,6 +13,7 @@ from rankloss.distillation import (
     RelationalAngleLoss,
     RelationalDistanceLoss,
 )
+from rankloss.grad_cache import GradCache
 from rankloss.ito import ITOLoss
 from rankloss.ito_fusion import ITOFusion
 from rankloss.plackett_luce import plackett_luce_nll, rankings
@@ -30,6 +31,7 @@ __all__ = [
     "ClipLoss",
     "CyCLIPLoss",
     "DinoRankCLIP",
+    "GradCache",
     "GramAnchor",
     "GramLoss",
     "HighOrderPLLoss",
