@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rankloss.fusion.masks import check_tokens, masked_max, masked_mean
+from rankloss.fusion.masks import check_tokens, hide_masked, masked_max, masked_mean
 
 
 class ChannelSpatialAttention(nn.Module):
@@ -37,14 +37,13 @@ class ChannelSpatialAttention(nn.Module):
         self.spatial = nn.Conv1d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C); masked tokens count for no gate and come out as 0.
+        """Gate tokens (B, L, C); masked ones count for no gate and come out as 0.
 
         Raises:
             ValueError, TypeError: shapes or dtypes do not fit.
         """
         check_tokens("ChannelSpatialAttention", tokens, self.dim, mask)
-        if mask is not None:
-            tokens = tokens * mask[:, :, None]
+        tokens = hide_masked(tokens, mask)
         pooled = masked_mean(tokens, mask), masked_max(tokens, mask)
         tokens = tokens * torch.sigmoid(sum(map(self.channel, pooled)))[:, None, :]
         maps = torch.stack([tokens.amax(2), tokens.mean(2)], 1)  # (B, 2, L)

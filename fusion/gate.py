@@ -1,7 +1,12 @@
 """The conflict-aware gate: how much of a residual an embedding lets in, and in which direction."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rankloss.fusion.precision import full_dtype, without_autocast
 
 
 class ConflictAwareGate(nn.Module):
@@ -26,10 +31,22 @@ class ConflictAwareGate(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(3 * dim + 1, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, embedding: Tensor, residual: Tensor) -> Tensor:
-        """(B, D) and (B, D) -> gate (B, D)."""
-        product = embedding * residual
-        inputs = [embedding, residual, product, product.sum(1, keepdim=True)]
-        return torch.sigmoid(self.mlp(torch.cat(inputs, 1)))
+        """Compute the gate (B, D) of embeddings and residuals, both (B, D), in float32 at least.
+
+        Also in half precision and under autocast: there, steps would lower the match.
+        """
+        dtype = full_dtype(embedding, residual)
+        with without_autocast(embedding):
+            embedding, residual = embedding.to(dtype), residual.to(dtype)
+            product = embedding * residual
+            inputs = [embedding, residual, product, product.sum(1, keepdim=True)]
+            hidden = F.gelu(_linear(self.mlp[0], torch.cat(inputs, 1)))
+            return torch.sigmoid(_linear(self.mlp[2], hidden))
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """Apply a linear layer in the dtype of x, whatever its weights are stored in."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def tangent(x: Tensor, z: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """Multi-scale fusion: bring teacher-like token features into a tower's embedding."""
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.fusion.attention import ChannelSpatialAttention
 from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
 from rankloss.fusion.masks import check_tokens, masked_mean
+from rankloss.fusion.precision import full_dtype, without_autocast
 from rankloss.fusion.pyramid import SpatialPyramidPool1d
 from rankloss.fusion.refiner import SelfAttentionRefiner
 
@@ -74,6 +77,7 @@ class MultiScaleFusion(nn.Module):
         self.norm = nn.LayerNorm(feature_dim)
         self.to_residual = nn.Linear(feature_dim, embed_dim)
         self.gate = ConflictAwareGate(embed_dim) if stages.gate else None
+        self._norms_seen = False
         nn.init.zeros_(self.to_residual.weight)
         nn.init.zeros_(self.to_residual.bias)
 
@@ -86,26 +90,64 @@ class MultiScaleFusion(nn.Module):
     ) -> FusionOutput:
         """Inject features into embeddings.
 
+        The layers compute in the dtype of the features or autocast's; gate, step and conflict
+        projection in float32 at least. A sample without a real token keeps its embedding.
+
         Args:
-            embedding: z, (B, D) unit-norm.
-            features: (B, L, feature_dim) tokens.
-            partner: (B, D) unit-norm embeddings of the matches, in training; None at inference.
-            mask: (B, L) bool, False for padding.
+            embedding: z, (B, D) floating, unit-norm; other rows are normalised, with a warning at
+                the first call.
+            features: (B, L, feature_dim) floating tokens.
+            partner: (B, D) floating, unit-norm embeddings of the matches, in training; None at
+                inference.
+            mask: (B, L) bool, False for padding; None: all tokens are real.
+
+        Returns:
+            Embedding and gate, (B, D) in float32, or float64 if given so.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes do not fit.
+            ValueError: shapes or devices do not fit.
+            TypeError: an input is not floating point, or the mask is not bool.
         """
         check_tokens("MultiScaleFusion", features, self.feature_dim, mask)
         _check_embeddings(embedding, features, partner, self.embed_dim)
-        residual = self.residual(features, mask).to(embedding.dtype)
+        self._warn_once_unless_normalized(embedding=embedding, partner=partner)
+        residual = self.residual(features, mask)
+        dtype = full_dtype(embedding, residual)
+        with without_autocast(embedding):
+            z = F.normalize(embedding.to(dtype), dim=1)  # half-precision rows are not unit-norm
+            step, gate = self._step(z, residual.to(dtype), partner)
+            fused = F.normalize(z + step, dim=1)
+        if mask is not None:
+            fused = torch.where(mask.any(1, keepdim=True), fused, embedding.to(dtype))
+        return FusionOutput(fused, gate)
+
+    def _step(
+        self, z: Tensor, residual: Tensor, partner: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute v, (B, D) tangent at z, and the gate if there is one."""
         if self.gate is None:
-            gate, step = None, tangent(residual, embedding)
-        else:
-            gate = self.gate(embedding.detach(), residual)  # a penalty on it spares the trunk
-            step = tangent(gate * residual, embedding)
-            if partner is not None:
-                step = without_conflict(step, embedding, partner)
-        return FusionOutput(F.normalize(embedding + step, dim=1), gate)
+            return tangent(residual, z), None
+        gate = self.gate(z.detach(), residual)  # a penalty on it spares the trunk
+        step = tangent(gate * residual, z)
+        if partner is not None:
+            step = without_conflict(step, z, F.normalize(partner.to(z.dtype), dim=1))
+        return step, gate
+
+    def _warn_once_unless_normalized(self, **embeddings: Tensor | None) -> None:
+        """Read the norms on the first call only, so that later steps never synchronise."""
+        if self._norms_seen or torch.compiler.is_compiling():
+            return
+        self._norms_seen = True
+        for name, x in embeddings.items():
+            if x is None or x.device.type == "meta" or not len(x):
+                continue
+            off = (x.detach().float().norm(dim=1) - 1).abs().max()
+            if off > 0.02:
+                warnings.warn(
+                    f"MultiScaleFusion: {name} is not unit-norm (a norm is off by {off:.3g}) and "
+                    "is normalised here; pass torch.nn.functional.normalize(x, dim=1)",
+                    stacklevel=3,
+                )
 
     def residual(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """r, (B, embed_dim), from tokens (B, L, feature_dim)."""
@@ -201,12 +243,16 @@ def _check_embeddings(
 ) -> None:
     expected = (features.shape[0], embed_dim)
     for name, x in (("embedding", embedding), ("partner", partner)):
-        if x is not None and x.shape != expected:
+        if x is None:
+            continue
+        if x.shape != expected:
             raise ValueError(
                 f"MultiScaleFusion: {name} must be (B, D) = {expected} for features "
                 f"{tuple(features.shape)}, got {tuple(x.shape)}"
             )
-        if x is not None and x.device != features.device:
+        if not x.is_floating_point():
+            raise TypeError(f"MultiScaleFusion: {name} must be floating point, got {x.dtype}")
+        if x.device != features.device:
             raise ValueError(
                 f"MultiScaleFusion: features are on {features.device} but {name} on {x.device}; "
                 "move them to one device"

@@ -1,7 +1,31 @@
-"""Padding masks: (B, L) bool, True for real tokens."""
+"""Padding masks: (B, L) bool, True for real tokens.
+
+Masked tokens are replaced, never multiplied by 0, so that a NaN or an infinity in padding stays
+there, in the forward and in the backward pass.
+"""
 
 import torch
 from torch import Tensor
+
+
+def check_mask(operation: str, name: str, mask: Tensor | None, beside: Tensor) -> None:
+    """Raise unless the mask is None or (B, L) bool beside a tensor (B, L, ...).
+
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: it has another shape or device.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{operation}: {name} must be bool (True for real tokens), got {mask.dtype}"
+        )
+    if mask.shape != beside.shape[:2] or mask.device != beside.device:
+        raise ValueError(
+            f"{operation}: {name} must be (B, L) = {tuple(beside.shape[:2])} on {beside.device}, "
+            f"got {tuple(mask.shape)} on {mask.device}"
+        )
 
 
 def check_tokens(operation: str, tokens: Tensor, dim: int | None, mask: Tensor | None) -> None:
@@ -9,29 +33,28 @@ def check_tokens(operation: str, tokens: Tensor, dim: int | None, mask: Tensor |
     if tokens.dim() != 3 or (dim is not None and tokens.shape[2] != dim):
         width = "C" if dim is None else str(dim)
         raise ValueError(f"{operation}: tokens must be (B, L, {width}), got {tuple(tokens.shape)}")
+    if not tokens.is_floating_point():
+        raise TypeError(f"{operation}: tokens must be floating point, got {tokens.dtype}")
     if tokens.shape[1] == 0:
         raise ValueError(f"{operation}: there are no tokens, got {tuple(tokens.shape)}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{operation}: mask must be bool (True for real tokens), got {mask.dtype}")
-    if mask.shape != tokens.shape[:2] or mask.device != tokens.device:
-        raise ValueError(
-            f"{operation}: mask must be (B, L) = {tuple(tokens.shape[:2])} on {tokens.device}, got "
-            f"{tuple(mask.shape)} on {mask.device}"
-        )
+    check_mask(operation, "mask", mask, tokens)
+
+
+def hide_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Replace masked tokens of (B, L, C) by 0; they get no gradient."""
+    return tokens if mask is None else tokens.masked_fill(~mask[:, :, None], 0.0)
 
 
 def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L, C) -> (B, C), over real tokens; 0 where there are none."""
+    """Average (B, L, C) over real tokens to (B, C); 0 where there are none."""
     if mask is None:
         return tokens.mean(1)
-    weights = mask.to(tokens.dtype)
-    return (tokens * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+    count = mask.sum(1, keepdim=True).clamp(min=1).to(tokens.dtype)
+    return hide_masked(tokens, mask).sum(1) / count
 
 
 def masked_max(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L, C) -> (B, C), over real tokens; 0 where there are none."""
+    """Take the largest of (B, L, C) over real tokens, (B, C); 0 where there are none."""
     if mask is None:
         return tokens.amax(1)
     best = tokens.masked_fill(~mask[:, :, None], -torch.inf).amax(1)

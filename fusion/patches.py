@@ -10,7 +10,13 @@ def patch_grid(operation: str, images: Tensor, patch_size: int) -> Grid:
 
     Raises:
         ValueError: images have another shape, or a side is not a multiple of the patch size.
+        TypeError: images are not floating point.
     """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{operation}: images must be floating point and normalised, got {images.dtype}; "
+            "divide whole numbers by 255, subtract the mean, divide by the standard deviation"
+        )
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"{operation}: images must be (B, 3, H, W), got {tuple(images.shape)}")
     height, width = images.shape[2:]

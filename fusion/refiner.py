@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from rankloss.fusion.masks import check_tokens
+from rankloss.fusion.masks import check_tokens, hide_masked
 
 
 class SelfAttentionRefiner(nn.Module):
@@ -37,15 +37,16 @@ class SelfAttentionRefiner(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C); masked tokens are attended by none, and come out as 0.
+        """Refine tokens (B, L, C); masked ones are attended by none, and come out as 0.
 
         Raises:
             ValueError, TypeError: shapes or dtypes do not fit.
         """
         check_tokens("SelfAttentionRefiner", tokens, self.dim, mask)
+        tokens = hide_masked(tokens, mask)
         tokens = tokens + self._attend(self.norm_attention(tokens), mask)
         tokens = tokens + self.mlp(self.norm_mlp(tokens))
-        return tokens if mask is None else tokens * mask[:, :, None]
+        return hide_masked(tokens, mask)
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = rearrange(

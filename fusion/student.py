@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rankloss.fusion.masks import check_mask, hide_masked
 from rankloss.fusion.optional import require
 from rankloss.fusion.patches import Grid, patch_grid
 
@@ -131,14 +132,10 @@ class TextBranch(nn.Module):
             )
         if mask is None:
             mask = self.mask(text_ids)
-        elif mask.dtype != torch.bool or mask.shape != text_ids.shape:
-            raise (TypeError if mask.dtype != torch.bool else ValueError)(
-                f"DualBranchStudent: text_mask must be bool (B, L) = {tuple(text_ids.shape)}, got "
-                f"{mask.dtype} {tuple(mask.shape)}"
-            )
+        check_mask("DualBranchStudent", "text_mask", mask, text_ids)
         tokens = self.words(text_ids) + self.positions[: text_ids.shape[1]]
         tokens = self.to_tokens(self.trunk(tokens, src_key_padding_mask=~mask))
-        return tokens * mask[:, :, None], mask
+        return hide_masked(tokens, mask), mask
 
 
 class DualBranchStudent(nn.Module):

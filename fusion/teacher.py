@@ -1,6 +1,6 @@
 """A frozen DINOv3 and its patch tokens, whatever library it comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from rankloss.fusion.digest import digest
 from rankloss.fusion.optional import require
 from rankloss.fusion.patches import Grid, patch_grid
+from rankloss.fusion.precision import full_dtype, without_autocast
+from rankloss.fusion.state import whole_state
 
 Library = Literal["timm", "transformers"]
 
@@ -87,31 +89,38 @@ class Dinov3Teacher(nn.Module):
         self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
         self.input_mean, self.input_std = tuple(input_mean), tuple(input_std)
         self._register_normalisation()
-        self._state_names = tuple(self.state_dict())
         if not in_checkpoints:
             hooks: Any = self  # torch leaves these two without types
             hooks.register_state_dict_post_hook(_drop_own)
             hooks.register_load_state_dict_pre_hook(_keep_own)
 
-    def _register_normalisation(self) -> None:
-        """x std_in + mean_in is the picture; (picture - mean) / std is what the teacher wants."""
-        of = [torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (self.mean, self.std)]
-        mean_in, std_in = (
+    def _register_normalisation(self, device: torch.device | None = None) -> None:
+        """Precompute (picture - mean) / std, the picture being x input_std + input_mean."""
+        mean, std, mean_in, std_in = (
             torch.tensor(x, dtype=torch.float64).view(3, 1, 1)
-            for x in (self.input_mean, self.input_std)
+            for x in (self.mean, self.std, self.input_mean, self.input_std)
         )
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", (std_in / of[1]).float(), persistent=False)
-        self.register_buffer("shift", ((mean_in - of[0]) / of[1]).float(), persistent=False)
+        scale, shift = std_in / std, (mean_in - mean) / std
+        self.register_buffer("scale", scale.float().to(device), persistent=False)
+        self.register_buffer("shift", shift.float().to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Dinov3Teacher":
+        """Move or cast the weights; the pixels' statistics stay in float32 (after meta, too)."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._register_normalisation(self.scale.device)
+        return self
 
     def train(self, mode: bool = True) -> "Dinov3Teacher":
         """Stays in evaluation mode, whatever the model around it does."""
         return super().train(False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images normalised with the input's statistics -> with the teacher's; same dtype."""
-        return (images * self.scale + self.shift).to(images.dtype)
+        """Renormalise images from the input's statistics to the teacher's, float32 at least."""
+        dtype = full_dtype(images)
+        with without_autocast(images):
+            return images.to(dtype) * self.scale + self.shift
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherFeatures:
@@ -192,13 +201,12 @@ def _statistics(model: Any) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _drop_own(module: Dinov3Teacher, state: dict[str, Any], prefix: str, _: object) -> None:
-    """A state_dict hook: nothing of the teacher is saved."""
-    for name in module._state_names:
-        del state[prefix + name]
+    """Leave all of the teacher out of a state_dict, also what has wrapped its model since."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
 
 
 def _keep_own(module: Dinov3Teacher, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """A load_state_dict hook: what was not saved stays as it is."""
-    own: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name in module._state_names:
-        state.setdefault(prefix + name, own[name])
+    """Let load_state_dict find the teacher's own tensors, which were not saved."""
+    for name, value in whole_state(module).items():
+        state.setdefault(prefix + name, value)

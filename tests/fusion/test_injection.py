@@ -129,6 +129,63 @@ def test_block_takes_the_proposition_s_step(variant: str, seed: int) -> None:
     torch.testing.assert_close(out.embedding, step(z, v, 1.0))
 
 
+@pytest.mark.parametrize("angle", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_c_holds_in_half_precision_at_small_angles(autocast: bool, angle: float) -> None:
+    """The step that the block took, from its output in float64: z+ is along z + v, v tangent."""
+    torch.manual_seed(0)
+    block = random_block(32, FusionStages(), 0).float()
+    generator = torch.Generator().manual_seed(1)
+    z, t = unit(256, 32, generator), unit(256, 32, generator)
+    t = step(math.cos(angle) * z, F.normalize(tangent(t, z), dim=1), math.sin(angle))
+    features = torch.randn(256, 9, 8, generator=generator)
+    if not autocast:
+        block, features, z, t = block.bfloat16(), features.bfloat16(), z.bfloat16(), t.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = block(z.float() if autocast else z, features, t.float() if autocast else t)
+    z, t = (F.normalize(x.double(), dim=1) for x in (z, t))
+    after = out.embedding.double()
+    v = after / (after * z).sum(1, keepdim=True) - z
+    assert (v.norm(dim=1) > 1e-3).all()
+    lowered = (v * t).sum(1) < -1e-5 * v.norm(dim=1)
+    assert not lowered.any(), f"{lowered.double().mean():.0%} of the steps lower the match"
+    assert out.embedding.dtype == out.gate.dtype == torch.float32
+
+
+def test_a_sample_without_real_tokens_does_not_move() -> None:
+    block = random_block(7, FusionStages(), 0)
+    generator = torch.Generator().manual_seed(0)
+    z, t = unit(3, 7, generator).requires_grad_(), unit(3, 7, generator)
+    features = torch.randn(3, 9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[1, 2] = True
+    out = block(z, features, t, mask).embedding
+    for i in (0, 2):
+        assert torch.equal(out[i], z[i])
+        weight = torch.randn(7, generator=generator, dtype=torch.float64)
+        to_z, *rest = torch.autograd.grad(
+            (out[i] * weight).sum(),
+            [z, features, *block.parameters()],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        assert torch.equal(to_z[i], weight)
+        assert not any(gradient.any() for gradient in rest)
+    assert not torch.allclose(out[1], z[1])
+
+
+def test_unnormalised_inputs_warn_at_the_first_call_only() -> None:
+    block = random_block(7, FusionStages(), 0)
+    z, features = unit(3, 7, torch.Generator().manual_seed(0)), torch.randn(3, 9, 8).double()
+    expected = block(z, features, z)
+    block(5 * z, features)  # by now nothing is read any more
+    for name, inputs in (("embedding", (5 * z, z)), ("partner", (z, 5 * z))):
+        fresh = random_block(7, FusionStages(), 0)
+        with pytest.warns(UserWarning, match=f"{name} is not unit-norm .*by 4"):
+            out = fresh(inputs[0], features, inputs[1])
+        torch.testing.assert_close(out.embedding, expected.embedding)
+
+
 def test_tower_works_alone() -> None:
     block = random_block(7, FusionStages(), 0)
     z = unit(4, 7, torch.Generator().manual_seed(0))

@@ -59,6 +59,49 @@ def test_padding_at_the_end_changes_nothing(name: str) -> None:
         assert (out[~mask] == 0).all()
 
 
+def fusion_layer(stages: FusionStages) -> nn.Module:
+    """A fusion block as a layer of tokens alone."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = MultiScaleFusion(6, 8, stages=stages).double()
+            nn.init.normal_(self.block.to_residual.weight)
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            z = F.normalize(double(len(tokens), 6, seed=1), dim=1)
+            embedding: Tensor = self.block(z, tokens, z.roll(1, 0), mask).embedding
+            return embedding
+
+    return Layer()
+
+
+MASKED: dict[str, Callable[[], nn.Module]] = {
+    **LAYERS,
+    "fusion": lambda: fusion_layer(FusionStages()),
+    "fusion without pyramid": lambda: fusion_layer(FusionStages(levels=None)),
+    "fusion of means": lambda: fusion_layer(FusionStages(None, False, False, False)),
+}
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_tokens_may_hold_anything(name: str, junk: float) -> None:
+    """Forward and backward; one sample has no real token at all."""
+    torch.manual_seed(0)
+    layer = MASKED[name]()
+    mask = torch.arange(9) < torch.tensor([9, 4, 0])[:, None]
+    results = []
+    for padding in (0.0, junk):
+        tokens = double(3, 9, 8).masked_fill(~mask[:, :, None], padding).requires_grad_()
+        out = layer(tokens, mask)
+        wanted = [tokens, *layer.parameters()]
+        results.append([out, *torch.autograd.grad(out.square().cumsum(0).sum(), wanted)])
+        assert (results[-1][1][~mask] == 0).all()
+    for clean, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, clean, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["pyramid-mean", "pyramid-max"])
 def test_pyramid_takes_masks_with_holes(name: str) -> None:
     layer = LAYERS[name]()
@@ -143,9 +186,14 @@ def test_errors_say_what_was_given(call: object, message: str) -> None:
         call()
 
 
-def test_mask_must_be_bool() -> None:
-    with pytest.raises(TypeError, match="must be bool"):
-        SpatialPyramidPool1d()(torch.zeros(2, 3, 4), torch.ones(2, 3))
+def test_other_dtypes_are_refused() -> None:
+    tokens, z = torch.zeros(2, 3, 8), torch.zeros(2, 6)
+    with pytest.raises(TypeError, match="mask must be bool"):
+        SpatialPyramidPool1d()(tokens, torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"tokens must be floating point, got torch\.int64"):
+        MultiScaleFusion(6, 8)(z, tokens.long())
+    with pytest.raises(TypeError, match=r"partner must be floating point, got torch\.int64"):
+        MultiScaleFusion(6, 8)(z, tokens, z.long())
 
 
 @pytest.mark.parametrize(

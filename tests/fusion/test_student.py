@@ -133,6 +133,26 @@ def test_tokens_see_what_follows_and_where_they_are() -> None:
     assert not torch.allclose(a[:, 2], b[:, 2])
 
 
+def test_a_given_mask_replaces_the_end_token() -> None:
+    student = small(image=False)
+    ids = tokenize("a red circle", "a")
+    usual = student(text_ids=ids)
+    mask = given(usual.text_mask)
+    torch.testing.assert_close(given(student(None, ids, mask).text), given(usual.text))
+    short = mask & (torch.arange(16) < 2)
+    out = student(None, ids, short)
+    assert torch.equal(given(out.text_mask), short)
+    torch.testing.assert_close(given(out.text)[:, :2], given(student(None, ids[:, :2]).text))
+    for wrong, error in ((mask.long(), TypeError), (mask[:, 1:], ValueError)):
+        with pytest.raises(error, match="DualBranchStudent: text_mask must be"):
+            student(None, ids, wrong)
+
+
+def test_whole_numbers_are_no_images() -> None:
+    with pytest.raises(TypeError, match=r"floating point and normalised, got torch.uint8; divide"):
+        small(text=False)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("shape", [(2, 17), (2, 0), (4,)])
 def test_texts_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     student = small(image=False, context_length=16)

@@ -123,6 +123,26 @@ def test_clip_images_arrive_with_imagenet_statistics(channel: int) -> None:
     torch.testing.assert_close(got[:, channel], expected[:, channel], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("pixels", [torch.bfloat16, torch.float32])
+def test_a_half_precision_teacher_gets_pixels_rounded_once(pixels: torch.dtype) -> None:
+    """Statistics in bfloat16 would put the picture off by 0.01 of a standard deviation."""
+    teacher = timm_teacher().bfloat16().to(torch.bfloat16)
+    x = images(2, 3, 32, 32).to(pixels)
+    exact = timm_teacher().double().normalise(x.double())
+    got = teacher.normalise(x)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+    assert got.dtype == torch.float32
+    with torch.device("meta"):
+        empty = timm_teacher()
+    torch.testing.assert_close(empty.to_empty(device="cpu").normalise(x), got, rtol=0, atol=0)
+
+
+def test_whole_numbers_are_refused() -> None:
+    picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"floating point and normalised, got torch.uint8; divide"):
+        timm_teacher()(picture)
+
+
 def test_satellite_models_have_their_own_statistics() -> None:
     torch.manual_seed(0)
     name = "vit_large_patch16_dinov3.sat493m"
@@ -220,6 +240,38 @@ def test_stays_out_of_the_checkpoint_around_it() -> None:
         second.load_state_dict({"1.bias": state["1.bias"]})
     copied = copy.deepcopy(second)
     copied.load_state_dict(copied.state_dict())
+
+
+class Wrapper(nn.Module):
+    """Renames what it wraps and adds to it, as torch.compile and LoRA do."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.adapter = base, nn.Linear(2, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(()), persistent=False)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Wrapper])
+@pytest.mark.parametrize("what", ["teacher", "its model", "a layer of its model"])
+def test_stays_out_of_the_checkpoint_when_wrapped(what: str, wrap: Any) -> None:
+    whole: Any = nn.Sequential(timm_teacher(), nn.Linear(48, 8))
+    teacher = whole[0]
+    before = teacher.weights_hash()
+    if what == "teacher":
+        whole[0] = wrap(teacher)
+    elif what == "its model":
+        teacher.model = wrap(teacher.model)
+    else:
+        teacher.model.norm = wrap(teacher.model.norm)
+    state = whole.state_dict()
+    own = {f"0.{x}" for x in ("adapter.weight", "adapter.bias", "count")}
+    expected = {"1.weight", "1.bias"} | (own if what == "teacher" and wrap is Wrapper else set())
+    assert set(state) == expected
+    bias = state["1.bias"] + 1
+    whole.load_state_dict({name: value + 1 for name, value in state.items()})
+    torch.testing.assert_close(whole[1].bias.detach(), bias)
+    assert what != "teacher" or teacher.weights_hash() == before
 
 
 def test_is_in_the_checkpoint_when_asked() -> None:
