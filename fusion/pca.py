@@ -2,16 +2,17 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankloss.fusion.digest import digest
 from rankloss.fusion.optional import require
+from rankloss.fusion.precision import full_dtype, without_autocast
 
 
 class TokenPCA(nn.Module):
@@ -32,6 +33,11 @@ class TokenPCA(nn.Module):
 
     Raises:
         ValueError: shapes do not fit together.
+
+    Example:
+        >>> pca = TokenPCA(torch.eye(4)[:2])  # keeps the first two of four dimensions
+        >>> pca(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[1., 2.]])
     """
 
     def __init__(
@@ -78,47 +84,47 @@ class TokenPCA(nn.Module):
     ) -> "TokenPCA":
         """Fit to tokens, or to a random sample of them.
 
-        Computed in float64 by scikit-learn's PCA from the exact eigenvectors of the D x D
-        covariance, so nothing is random but the sample. Without centring, tokens enter together
-        with their negatives: their mean is then 0 and their covariance the second moment.
+        Computed in float64 from the eigenvectors of the D x D second moment (centred: of the
+        covariance), which is summed over a few thousand tokens at a time; nothing is random but
+        the sample.
 
         Args:
-            tokens: (..., D), finite.
-            dim: k.
+            tokens: (..., D) floating, finite.
+            dim: k, 256 by default.
             centre: subtract the mean.
             max_tokens: size of the sample; far more than D.
-            seed: of the sample.
+            seed: random seed of the sample.
 
         Raises:
-            ImportError: scikit-learn is missing.
-            ValueError: dim exceeds D or the number of tokens, or tokens are not finite.
+            ValueError: dim exceeds D or the number of tokens, tokens are not finite, or they do
+                not differ from their mean (without centring: from 0).
+
+        Example:
+            >>> tokens = torch.randn(100, 3) * torch.tensor([3.0, 1.0, 0.0])
+            >>> pca = TokenPCA.fit(tokens, dim=2)
+            >>> pca(tokens).shape
+            torch.Size([100, 2])
         """
-        rows = tokens.detach().reshape(-1, tokens.shape[-1]).cpu()
+        rows = tokens.detach().reshape(-1, tokens.shape[-1])
         total, width = rows.shape
+        order = torch.arange(total)
         if total > max_tokens:
             order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-            rows = rows[order[:max_tokens].sort().values]
-        if not 1 <= dim <= min(rows.shape):
+            order = order[:max_tokens].sort().values
+        if not 1 <= dim <= min(len(order), width):
             raise ValueError(
                 f"TokenPCA: {dim} components need at least as many dimensions and tokens, got "
-                f"{rows.shape[0]} tokens of {width} dimensions"
+                f"{len(order)} tokens of {width} dimensions"
             )
-        sample = rows.double().numpy()
-        if not np.isfinite(sample).all():
-            raise ValueError("TokenPCA: tokens must be finite")
-        components, mean, explained = _principal(sample, dim, centre)
-        settings = {"dim": dim, "centre": centre, "tokens": rows.shape[0], "seed": seed}
-        return cls(
-            torch.from_numpy(components),
-            torch.from_numpy(mean),
-            torch.from_numpy(explained),
-            settings,
-        )
+        mean = _mean(rows, order) if centre else torch.zeros(width, dtype=torch.float64)
+        components, explained = _principal(rows, order, mean, dim)
+        settings = {"dim": dim, "centre": centre, "tokens": len(order), "seed": seed}
+        return cls(components, mean, explained, settings)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., k), in float32 (float64 if given so) whatever autocast says.
+        """Project tokens (..., D) to (..., k).
 
-        Returns the dtype given.
+        Computed in float32 (float64 if given so) whatever autocast says; returns the dtype given.
 
         Raises:
             ValueError: the width is not D.
@@ -127,15 +133,15 @@ class TokenPCA(nn.Module):
             raise ValueError(
                 f"TokenPCA: fitted to {self.in_dim} dimensions, got tokens {tuple(tokens.shape)}"
             )
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
+        dtype = full_dtype(tokens)
+        with without_autocast(tokens):
             centred = tokens.to(dtype) - self.mean.to(dtype)
             return (centred @ self.components.to(dtype).T).to(tokens.dtype)
 
     transform = forward
 
     def content_hash(self) -> str:
-        """Identifies the projection: two with the same hash give the same features."""
+        """Hash the projection: two with the same hash give the same features."""
         return digest({"components": self.components, "mean": self.mean})
 
     def save(self, path: str | Path) -> None:
@@ -192,15 +198,36 @@ class TokenPCA(nn.Module):
         return f"{self.in_dim}, {self.out_dim}, {self._variance_name()} {self.explained.sum():.4f}"
 
 
-def _principal(
-    sample: NDArray[np.float64], dim: int, centre: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Components (k, D), mean (D,) and explained shares (k,) of rows (n, D)."""
-    rows = sample if centre else np.concatenate([sample, -sample])
-    solver = require("sklearn.decomposition").PCA(dim, svd_solver="covariance_eigh")
-    solver.fit(rows)
-    components: NDArray[np.float64] = solver.components_
-    largest = np.abs(components).argmax(1)
-    components = components * np.sign(components[np.arange(dim), largest])[:, None]
-    mean = solver.mean_ if centre else np.zeros(sample.shape[1])
-    return components, mean, solver.explained_variance_ratio_
+CHUNK = 4096
+"""Tokens whose float64 copy is in memory at a time."""
+
+
+def _chunks(rows: Tensor, order: Tensor) -> Iterator[Tensor]:
+    """Copy some rows at a time to the CPU, in float64."""
+    for part in order.split(CHUNK):  # type: ignore[no-untyped-call]
+        yield rows[part.to(rows.device)].cpu().double()
+
+
+def _mean(rows: Tensor, order: Tensor) -> Tensor:
+    """Average rows (n, D) in float64."""
+    return torch.stack([part.sum(0) for part in _chunks(rows, order)]).sum(0) / len(order)
+
+
+def _principal(rows: Tensor, order: Tensor, mean: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Compute components (k, D) and explained shares (k,) of rows (n, D) around a mean (D,)."""
+    moment = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in _chunks(rows, order):
+        centred = part - mean
+        moment += centred.T @ centred
+    if not moment.isfinite().all():
+        raise ValueError("TokenPCA: tokens must be finite")
+    values, vectors = torch.linalg.eigh(moment)  # ascending
+    if not values.sum() > 0:
+        raise ValueError(
+            "TokenPCA: all tokens are equal to their mean, or zero, so that no direction explains "
+            "anything; fit to features of real images"
+        )
+    components = vectors.T.flip(0)[:dim]
+    largest = components.abs().argmax(1, keepdim=True)
+    components = components * components.gather(1, largest).sign()
+    return components, values.flip(0)[:dim].clamp(min=0) / values.sum()

@@ -3,12 +3,14 @@
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss import kernels
 from rankloss.checks import check_option
 from rankloss.distillation.pairs import check_pair, full_precision
+from rankloss.distributed import HoldsProcessGroup, gather_with_gradient, rank_and_world_size
 from rankloss.kernels.launch import outside_autocast
 
 Level = Literal["image", "batch"]
@@ -17,7 +19,7 @@ Grid = tuple[int, int]
 
 
 def resize_features(features: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Patch features of one grid, resampled to another: bicubic, no antialiasing.
+    """Resample patch features of one grid to another: bicubic, no antialiasing.
 
     Source: DINOv3's high-resolution Gram teacher, which resizes before normalising; other than
     its code, grids need not be square.
@@ -31,6 +33,10 @@ def resize_features(features: Tensor, grid: Grid, target: Grid) -> Tensor:
 
     Raises:
         ValueError: features are not (B, P, D), or P is not the number of patches in `grid`.
+
+    Example:
+        >>> resize_features(torch.randn(2, 14 * 14, 256), (14, 14), (7, 7)).shape
+        torch.Size([2, 49, 256])
     """
     if features.dim() != 3 or features.shape[1] != grid[0] * grid[1]:
         raise ValueError(
@@ -44,7 +50,7 @@ def resize_features(features: Tensor, grid: Grid, target: Grid) -> Tensor:
     return image.flatten(2).transpose(1, 2).to(features.dtype)
 
 
-class GramLoss(nn.Module):
+class GramLoss(HoldsProcessGroup, nn.Module):
     """Mean squared difference of the cosine Gram matrices of student and teacher patches.
 
         L = mean over kept pairs (i, j) of (<s_i, s_j> - <t_i, t_j>)^2,  rows normalised
@@ -59,12 +65,25 @@ class GramLoss(nn.Module):
             negative similarities of the teacher count as 0, and so do the student's where both
             are negative. DINOv3 documents the last; its code clamps the teacher before it looks
             at the teacher's sign, so there student negatives stay.
-        max_tokens: use that many random tokens of each image, the same ones in every image.
+        max_tokens: use that many random tokens of each image, the same ones in every image of this
+            process.
+        distributed: with level="batch", take the pairs of the batches of all processes, gathered
+            with gradient: under DDP's averaging the gradient is the global batch's. Every process
+            compares all pairs.
+        process_group: processes whose batches count with distributed=True, for example
+            `mesh.get_group("dp")`; None: all.
         impl: "auto" and "blocked" never hold P x P matrices for the whole batch; "reference" does,
             and differentiates twice.
 
     Raises:
-        ValueError: an unknown option, or max_tokens < 1.
+        ValueError: an unknown option, max_tokens < 1, distributed with level="image", or a
+            process_group without distributed.
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # one image, two equal patches
+        >>> teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # orthogonal ones
+        >>> round(float(GramLoss()(student, teacher)), 4)  # two of four pairs differ by 1
+        0.5
     """
 
     def __init__(
@@ -73,6 +92,8 @@ class GramLoss(nn.Module):
         negatives: Negatives = "keep",
         *,
         max_tokens: int | None = None,
+        distributed: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -80,7 +101,12 @@ class GramLoss(nn.Module):
         check_option("negatives", negatives, Negatives)
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"GramLoss: max_tokens must be at least 1, got {max_tokens}")
+        if distributed and level == "image":
+            raise ValueError('GramLoss: pairs of one image are on one process; use level="batch"')
+        if process_group is not None and not distributed:
+            raise ValueError("GramLoss: process_group has no effect without distributed=True")
         self.level, self.negatives = level, negatives
+        self.distributed, self.process_group = distributed, process_group
         self.max_tokens, self.impl = max_tokens, impl
 
     def forward(
@@ -93,7 +119,7 @@ class GramLoss(nn.Module):
         teacher_grid: Grid | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss, a float32 scalar (float64 if given so); 0 when no token is kept.
+        """Compute the loss, a float32 scalar (float64 if given so); 0 when no token is kept.
 
         Args:
             student: (B, P, Ds) floating.
@@ -123,21 +149,34 @@ class GramLoss(nn.Module):
             s, t = full_precision(student), full_precision(teacher)
             if mask is not None:  # a zero row has similarity 0 in both
                 s, t = (x.masked_fill(~mask[:, :, None], 0.0) for x in (s, t))
-            if self.level == "batch":
-                s, t = s.flatten(0, 1)[None], t.flatten(0, 1)[None]
-            total = kernels.gram_distance(s, t, self.negatives, self.impl).sum()
-            return total / _pairs(s, mask, self.level)
+            if self.level == "image":
+                total = kernels.gram_distance(s, t, self.negatives, self.impl).sum()
+                return total / _pairs_of_images(s, mask)
+            s, t, kept = self._global_tokens(s.flatten(0, 1), t.flatten(0, 1), mask)
+            total = kernels.gram_distance(s[None], t[None], self.negatives, self.impl).sum()
+            return total / kept.square().clamp(min=1)
+
+    def _global_tokens(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather (n, Ds) and (n, Dt) tokens of all processes, and count those that are kept."""
+        kept = student.new_full((1,), len(student)) if mask is None else mask.sum()[None]
+        kept = kept.to(student.dtype)
+        if self.distributed:
+            processes = rank_and_world_size(process_group=self.process_group)
+            student = gather_with_gradient(student, processes)
+            teacher, kept = (gather_with_gradient(x, processes) for x in (teacher, kept))
+        return student, teacher, kept.sum()
 
     def extra_repr(self) -> str:
         return f"level={self.level!r}, negatives={self.negatives!r}, max_tokens={self.max_tokens}"
 
 
-def _pairs(tokens: Tensor, mask: Tensor | None, level: Level) -> Tensor | int:
-    """How many pairs of kept tokens there are, at least 1."""
+def _pairs_of_images(tokens: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Count the pairs of kept tokens that share an image, at least 1."""
     if mask is None:
         return max(tokens.shape[0] * tokens.shape[1] ** 2, 1)
-    kept = mask.sum() if level == "batch" else mask.sum(1)
-    return kept.to(tokens.dtype).square().sum().clamp(min=1)
+    return mask.sum(1).to(tokens.dtype).square().sum().clamp(min=1)
 
 
 def _check_token_mask(student: Tensor, mask: Tensor | None) -> None:

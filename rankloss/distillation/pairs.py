@@ -5,10 +5,20 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
+    """Convert to float32, but leave float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
+def exact_products(x: Tensor) -> Tensor:
+    """Convert to float64, in which no TF32 or bfloat16 setting of float32 products has a say.
+
+    On devices without float64 (Apple's) the dtype stays.
+    """
+    return x if x.device.type == "mps" else x.double()
+
+
 def check_pair(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
+    """Raise unless both are floating, on one device, and equal in shape but for the last axis."""
     if student.dim() != dims or teacher.dim() != dims or student.shape[:-1] != teacher.shape[:-1]:
         shape = "(B, P, D)" if dims == 3 else "(B, D)"
         hint = "; give student_grid and teacher_grid to resize" if dims == 3 else ""

@@ -219,7 +219,7 @@ def test_stopping_before_any_file_appears_changes_nothing(
 
 FORKING = """
 import json, os, signal, sys, time
-import matplotlib.figure, sklearn.decomposition, timm, torch
+import matplotlib.figure, timm, torch
 from examples.cc3m.extract_dinov3 import main
 torch.set_num_threads(1)
 for line in sys.stdin:

@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rankloss import GramAnchor, GramLoss
+from rankloss.fusion import Dinov3Teacher
 
 
 class Teacher(nn.Module):
@@ -198,6 +200,47 @@ def test_training_never_moves_the_anchor() -> None:
         losses.append(value.item())
     assert losses[0] > 0
     assert all(torch.equal(x, before[name]) for name, x in anchor.state_dict().items())
+
+
+class HidesItself(Teacher):
+    """Keeps out of state_dict, as a frozen teacher does."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__(value)
+        hooks: Any = self
+        hooks.register_state_dict_post_hook(self.hide)
+
+    @staticmethod
+    def hide(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+
+
+def test_a_teacher_that_hides_its_weights_is_copied_all_the_same() -> None:
+    anchor = GramAnchor(HidesItself(1.0), 0, 1)
+    assert anchor.update(0, HidesItself(2.0))
+    assert held(anchor) == 2
+    resumed = GramAnchor(HidesItself(0.0), 0, 1)
+    resumed.load_state_dict(anchor.state_dict())
+    assert held(resumed) == 2
+
+
+def test_dinov3_teachers_are_copied_and_saved() -> None:
+    options: Any = {"depth": 1, "embed_dim": 24, "num_heads": 2, "pretrained": False}
+    first, second = (Dinov3Teacher("vit_small_patch16_dinov3", **options) for _ in range(2))
+    assert first.weights_hash() != second.weights_hash()
+    anchor = GramAnchor(first, 0, 1)
+    assert anchor.update(0, second)
+    resumed = GramAnchor(first, 0, 1)
+    resumed.load_state_dict(anchor.state_dict())
+    for each in (anchor, resumed):
+        assert isinstance(each.anchor, Dinov3Teacher)
+        assert each.anchor.weights_hash() == second.weights_hash()
+
+
+def test_a_teacher_with_nothing_to_copy_is_refused() -> None:
+    with pytest.raises(ValueError, match="a Identity, has neither parameters nor buffers to copy"):
+        GramAnchor(nn.Identity(), 0, 1)
 
 
 def test_a_teacher_of_another_shape_is_refused() -> None:

@@ -1,9 +1,11 @@
 """GramLoss: its definition, options, invariances, edges."""
 
+import copy
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +15,7 @@ from rankloss.distillation import Level, Negatives, resize_features
 from rankloss.kernels import gram
 from tests.helpers.distillation_loops import frobenius, gradient, permutations, random_features
 from tests.helpers.distillation_loops import gram as gram_by_loops
+from tests.helpers.processes import ProcessGroup
 
 LEVELS, NEGATIVES = get_args(Level), get_args(Negatives)
 each_level = pytest.mark.parametrize("level", LEVELS)
@@ -272,6 +275,35 @@ def test_all_masked(level: Level, impl: str) -> None:
     value, d_student = value_and_gradient(GramLoss(level, impl=impl), student, teacher, mask)
     assert value == 0
     assert d_student.abs().max() == 0
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _on_two_processes(
+    negatives: Negatives, student: Tensor, teacher: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    part = None if mask is None else mask.chunk(2)[rank]
+    loss = copy.deepcopy(GramLoss("batch", negatives, distributed=True))
+    return value_and_gradient(loss, student.chunk(2)[rank], teacher.chunk(2)[rank], part)
+
+
+def test_pairs_cross_processes() -> None:
+    """Value, and gradient by DDP's average over processes; masks keep other numbers of tokens."""
+    student, teacher = random_features(4, 5, 3), random_features(4, 5, 6, seed=1)
+    masks = [None, torch.arange(20).reshape(4, 5) % 3 != 0, torch.zeros(4, 5).bool()]
+    two = ProcessGroup(2)
+    for negatives in NEGATIVES:
+        for mask in masks:
+            value, d_student = value_and_gradient(
+                GramLoss("batch", negatives), student, teacher, mask
+            )
+            results = two.run(_on_two_processes, negatives, student, teacher, mask)
+            for each, _ in results:
+                torch.testing.assert_close(each, value)
+            torch.testing.assert_close(torch.cat([d for _, d in results]) / 2, d_student)
+    two.close()
 
 
 # ---------------------------------------------------------------- max_tokens

@@ -1,5 +1,6 @@
 """KoLeoLoss: definition, known values, neighbours, groups, processes."""
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -149,6 +150,19 @@ def test_groups_equal_separate_calls(top_k: int) -> None:
     assert KoLeoLoss(top_k)(x) != value
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("apart", [1e-3, 1e-6])
+def test_the_gradient_of_a_near_pair_is_what_the_docstring_says(
+    apart: float, dtype: torch.dtype
+) -> None:
+    """A force of 1/(B d) in each direction of a mutual pair, bounded by that of eps."""
+    x = torch.eye(4, 8, dtype=torch.float64)
+    x[1] = x[0] + apart * torch.eye(8, dtype=torch.float64)[7]
+    _, d_x = value_and_gradient(KoLeoLoss(), x.to(dtype))
+    assert float(d_x[:2].norm(dim=1).mean()) == pytest.approx(2 / (4 * apart), rel=0.05)
+    assert d_x[2:].norm() < 10
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -179,6 +193,28 @@ def test_processes_look_only_at_their_own_unless_asked(two: ProcessGroup) -> Non
     for part, actual in zip(x.chunk(2), two.run(_local, x, 1, False), strict=True):
         for a, b in zip(actual, value_and_gradient(KoLeoLoss(), part), strict=True):
             assert torch.equal(a, b)
+
+
+def _in_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of four processes, 0 and 2 look among each other's samples, and so do 1 and 3."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rank = dist.get_rank()
+    group = groups[rank % 2]
+    assert isinstance(group, dist.ProcessGroup)
+    loss = copy.deepcopy(KoLeoLoss(distributed=True, process_group=group))
+    return value_and_gradient(loss, x.chunk(4)[rank])
+
+
+def test_a_process_group_has_its_own_samples() -> None:
+    x = random_features(12, 3)
+    four = ProcessGroup(4)
+    results = four.run(_in_pairs, x)
+    four.close()
+    parts = x.chunk(4)
+    for pair in ((0, 2), (1, 3)):
+        value, d_x = value_and_gradient(KoLeoLoss(), torch.cat([parts[i] for i in pair]))
+        torch.testing.assert_close(torch.stack([results[i][0] for i in pair]).mean(), value)
+        torch.testing.assert_close(torch.cat([results[i][1] for i in pair]) / 2, d_x)
 
 
 def test_opposite_ones_on_two_processes(two: ProcessGroup) -> None:

@@ -354,6 +354,17 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "groups are within a process; leave distributed=False",
     ),
+    (
+        lambda: KoLeoLoss(process_group="dp"),  # type: ignore[arg-type]
+        ValueError,
+        "KoLeoLoss: process_group has no effect without distributed=True",
+    ),
+    (
+        lambda: GramLoss("batch", process_group="dp"),  # type: ignore[arg-type]
+        ValueError,
+        "GramLoss: process_group has no effect without distributed=True",
+    ),
+    (lambda: GramLoss(distributed=True), ValueError, 'on one process; use level="batch"'),
     (lambda: KoLeoLoss()(one), ValueError, r"x must be \(B, D\), got \(2, 3, 4\)"),
     (lambda: KoLeoLoss()(rows.long()), TypeError, "floating point, got torch.int64"),
     (

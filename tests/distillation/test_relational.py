@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import RelationalAngleLoss, RelationalDistanceLoss
+from rankloss import KoLeoLoss, RelationalAngleLoss, RelationalDistanceLoss
 from tests.helpers.distillation_loops import (
     gradient,
     permutations,
@@ -193,6 +194,43 @@ def test_float32_far_from_the_origin(make: Callable[[], nn.Module]) -> None:
     actual = value_and_gradient(make(), student, teacher)
     for a, b in zip(actual, exact, strict=True):
         assert (a - b).abs().max() <= 3e-6 * b.abs().max()
+
+
+@each_make
+@pytest.mark.parametrize("apart", [1e-2, 4.4e-4, 1e-5])
+def test_near_pairs_keep_their_digits(make: Callable[[], nn.Module], apart: float) -> None:
+    """Of samples 4.4e-4 apart, the expansion |a|^2 + |b|^2 - 2ab in float32 keeps none."""
+    student, teacher = random_features(6, 512), random_features(6, 512, seed=1)
+    student = torch.nn.functional.normalize(student, dim=1)
+    step = torch.nn.functional.normalize(random_features(3, 512, seed=2), dim=1)
+    student[3:] = student[:3] + apart * step
+    student, teacher = student.float(), teacher.float()
+    exact = value_and_gradient(make(), student.double(), teacher.double())
+    for a, b in zip(value_and_gradient(make(), student, teacher), exact, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the dtypes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.dtypes |= {x.dtype for x in args}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [RelationalDistanceLoss, RelationalAngleLoss, KoLeoLoss])
+def test_no_tf32_setting_reaches_a_product(make: Callable[[], nn.Module]) -> None:
+    """Forward and backward: such settings change float32 products only."""
+    student = random_features(6, 8, dtype=torch.float32).requires_grad_()
+    teacher = [] if make is KoLeoLoss else [random_features(6, 4, seed=1, dtype=torch.float32)]
+    with Products() as products:
+        torch.autograd.backward(make()(student, *teacher))
+    assert products.dtypes == {torch.float64}
 
 
 # ---------------------------------------------------------------- angles: a subset of samples

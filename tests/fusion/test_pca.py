@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from rankloss.fusion.pca import TokenPCA
+from tests.helpers.recorder import Recorder
 
 
 def tokens(n: int = 400, d: int = 12, mean: float = 2.0) -> Tensor:
@@ -128,6 +129,22 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not a TokenPCA file"):
         TokenPCA.load(path)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_tokens_without_any_direction_are_refused(centre: bool) -> None:
+    same = torch.full((9, 4), 3.0) if centre else torch.zeros(9, 4)
+    with pytest.raises(ValueError, match="no direction explains anything"):
+        TokenPCA.fit(same, 2, centre=centre)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("max_tokens", [30_000, 50_000])
+def test_no_second_copy_of_the_sample_is_made(max_tokens: int, centre: bool) -> None:
+    x = torch.randn(50_000, 8)
+    with Recorder(x) as recorder:
+        TokenPCA.fit(x, 4, centre=centre, max_tokens=max_tokens)
+    assert recorder.largest <= x.numel() / 7  # the sample's order, an integer a token
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -306,13 +306,15 @@ def test_importing_fusion_imports_no_optional_package() -> None:
     code = (
         "import sys\n"
         "from rankloss.fusion import Dinov3Teacher, DualBranchStudent, TokenPCA\n"
-        "heavy = {'timm', 'transformers', 'sklearn', 'matplotlib', 'safetensors', 'open_clip'}\n"
+        "heavy = {'timm', 'transformers', 'matplotlib', 'safetensors', 'open_clip'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", ["timm", "transformers", "sklearn", "safetensors", "open_clip"])
+@pytest.mark.parametrize(
+    "package", ["timm", "transformers", "matplotlib", "safetensors", "open_clip"]
+)
 def test_missing_packages_are_in_the_extra_that_the_remedy_names(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +323,7 @@ def test_missing_packages_are_in_the_extra_that_the_remedy_names(
         require(package)
     extra = str(caught.value).split("[")[1].split("]")[0]
     listed = (ROOT / "pyproject.toml").read_text().split(f"\n{extra} = ")[1].split("\n")[0]
-    distribution = {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}.get(package, package)
+    distribution = {"open_clip": "open_clip_torch"}.get(package, package)
     assert f'"{distribution}' in listed
 
 
