@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankloss.fusion.attention import ChannelSpatialAttention
 from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
 from rankloss.fusion.masks import check_tokens, masked_mean
-from rankloss.fusion.precision import full_dtype, without_autocast
+from rankloss.fusion.precision import can_read, full_dtype, without_autocast
 from rankloss.fusion.pyramid import SpatialPyramidPool1d
 from rankloss.fusion.refiner import SelfAttentionRefiner
 
@@ -135,12 +135,11 @@ class MultiScaleFusion(nn.Module):
 
     def _warn_once_unless_normalized(self, **embeddings: Tensor | None) -> None:
         """Read the norms on the first call only, so that later steps never synchronise."""
-        if self._norms_seen or torch.compiler.is_compiling():
+        given = {name: x for name, x in embeddings.items() if x is not None and len(x)}
+        if self._norms_seen or not can_read(*given.values()):
             return
         self._norms_seen = True
-        for name, x in embeddings.items():
-            if x is None or x.device.type == "meta" or not len(x):
-                continue
+        for name, x in given.items():
             off = (x.detach().float().norm(dim=1) - 1).abs().max()
             if off > 0.02:
                 warnings.warn(

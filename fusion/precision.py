@@ -1,9 +1,10 @@
-"""Float32 whatever the inputs: the dtype, and autocast switched off."""
+"""Float32 whatever the inputs: the dtype, autocast switched off; and if values can be read."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def full_dtype(*tensors: Tensor) -> torch.dtype:
@@ -18,3 +19,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the tensor's device; there is none on the meta device."""
     device = tensor.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def can_read(*tensors: Tensor) -> bool:
+    """Say if tensors have values that Python may look at: not traced, on meta, fake or mapped."""
+    return not torch.compiler.is_compiling() and not any(
+        x.is_meta or isinstance(x, FakeTensor) or torch.func.debug_unwrap(x) is not x
+        for x in tensors
+    )
