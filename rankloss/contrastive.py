@@ -1,122 +1,14 @@
-"""Contrastive losses: CLIP's InfoNCE, with several positives where items repeat; SigLIP; CyCLIP."""
-
-from collections.abc import Sequence
+"""Contrastive losses that are no member of the ranking family: SigLIP and CyCLIP."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
+from rankloss.clip import clip_loss, positive_mask
 from rankloss.distributed import GlobalBatch, Processes, gather_batch, gather_features
 from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
 from rankloss.scores import cross_modal_scores, scaled_cosines
-
-STREAM_ABOVE = 1 << 26  # logits; more (256 MiB in float32) are not held in memory at once
-
-
-def info_nce(scores: Tensor, labels: Tensor, positives: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each anchor's match against all candidates, averaged over anchors.
-
-    With `positives`, an anchor has several matches p, none of which is pushed down:
-
-        mean over p of  log(exp(S_p) + sum over negatives of exp(S_n)) - S_p
-
-    which is the cross-entropy above when the only positive is the label's. Sources: CLIP
-    (Radford et al. 2021) as in open_clip; the several-positives form is this project's choice.
-
-    Args:
-        scores: (N, M) floating logits.
-        labels: (N,) int64, the column of each anchor's match.
-        positives: (N, M) bool, all matches, the label's among them.
-
-    Returns:
-        A scalar in the scores' dtype; 0 for an empty batch.
-    """
-    if positives is None:
-        return F.cross_entropy(scores, labels, reduction="sum") / max(len(labels), 1)
-    negatives = scores.masked_fill(positives, -torch.inf).logsumexp(1, keepdim=True)  # (N, 1)
-    terms = F.softplus(negatives - scores).masked_fill(~positives, 0.0)
-    return (terms.sum(1) / positives.sum(1)).sum() / max(len(labels), 1)
-
-
-def positive_mask(ids: Sequence[Tensor], labels: Tensor) -> Tensor | None:
-    """Return (N, M) bool: is candidate j the anchor's match, or does it share an id with it?
-
-    None when there are no ids: then only the match itself is a positive.
-
-    Args:
-        ids: (M,) integers each; a negative id means unknown and is shared by nobody.
-        labels: (N,) int64, the column of each anchor's match.
-
-    >>> positive_mask([torch.tensor([7, 8, 7, -1, -1])], torch.arange(5)).int()
-    tensor([[1, 0, 1, 0, 0],
-            [0, 1, 0, 0, 0],
-            [1, 0, 1, 0, 0],
-            [0, 0, 0, 1, 0],
-            [0, 0, 0, 0, 1]], dtype=torch.int32)
-    """
-    same: Tensor | None = None
-    for x in map(Tensor.long, ids):
-        mine = x[labels]
-        equal = torch.where(mine < 0, -2, mine)[:, None] == torch.where(x < 0, -1, x)
-        same = equal if same is None else same | equal
-    return None if same is None else same.scatter(1, labels[:, None], True)
-
-
-def streamed_info_nce(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    labels: Tensor,
-    ids: Sequence[Tensor] = (),
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return `info_nce(scale * anchors @ candidates.T + bias, labels, positive_mask(ids, labels))`.
-
-    Logits exist a chunk of anchors at a time and again in the backward pass. Plain cross-entropy
-    is left to `torch.nn.functional.linear_cross_entropy` where this torch has it.
-
-    Args:
-        anchors, candidates: (N, D) and (M, D), float32 or float64.
-        scale, bias: 0-D, of any floating dtype.
-        labels: (N,) int64.
-        ids: (M,) integers each.
-
-    Returns:
-        A scalar; 0 for an empty batch.
-    """
-    queries = scale.to(anchors.dtype) * anchors
-    if bias is not None:  # one more feature, so that every path adds it
-        column = bias.to(queries.dtype).expand(len(queries), 1)
-        queries = torch.cat([queries, column], 1)
-        candidates = torch.cat([candidates, candidates.new_ones(len(candidates), 1)], 1)
-    if not ids and len(labels) and hasattr(F, "linear_cross_entropy"):  # it divides by len(labels)
-        total: Tensor = F.linear_cross_entropy(
-            queries,
-            candidates,
-            labels,
-            reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True),
-        )
-    else:
-        total = _checkpointed_cross_entropy(queries, candidates, labels, ids)
-    return total / max(len(labels), 1)
-
-
-def _checkpointed_cross_entropy(
-    queries: Tensor, candidates: Tensor, labels: Tensor, ids: Sequence[Tensor]
-) -> Tensor:
-    def chunk_loss(q: Tensor, c: Tensor, mine: Tensor) -> Tensor:
-        return info_nce(q @ c.T, mine, positive_mask(ids, mine)) * len(mine)
-
-    rows = max(1, STREAM_ABOVE // (16 * max(len(candidates), 1)))
-    total = queries.new_zeros(())
-    for start in range(0, len(labels), rows):
-        chunk = slice(start, start + rows)
-        arguments = queries[chunk], candidates, labels[chunk]
-        total = total + checkpoint(chunk_loss, *arguments, use_reentrant=False)
-    return total
 
 
 class SigLipLoss(GlobalBatchLoss):
@@ -293,11 +185,7 @@ class CyCLIPLoss(GlobalBatchLoss):
         self, cosines: tuple[Tensor, Tensor], labels: Tensor, inputs: Inputs
     ) -> Tensor:
         logits = [inputs.scale.to(x.dtype) * x for x in cosines]
-        if inputs.bias is not None:
-            logits = [x + inputs.bias for x in logits]
-        positives = positive_mask(inputs.ids, labels)
-        terms = [info_nce(x, labels, positives) for x in logits]
-        return 0.5 * (terms[0] + terms[1])
+        return clip_loss(logits, labels, positive_mask(inputs.ids, labels), inputs.bias)
 
     def _cyclic(self, cosines: tuple[Tensor, Tensor], batch: GlobalBatch) -> Tensor:
         one = batch.images.new_ones(())

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankloss.checks import as_scalar, check_features
-from rankloss.contrastive import info_nce
+from rankloss.clip import clip_loss, info_nce
 from rankloss.distributed import (
     ALONE,
     GlobalBatch,
@@ -146,8 +146,7 @@ def _clip(image: _Gathered, text: _Gathered, scale: Tensor, bias: Tensor | None)
     dtype = torch.promote_types(image.all.dtype, text.all.dtype)
     (v, images, labels), (t, texts) = image, text[:2]
     batch = GlobalBatch(v.to(dtype), t.to(dtype), images.to(dtype), texts.to(dtype), labels)
-    scores = [x if bias is None else x + bias for x in cross_modal_scores(batch, scale)]
-    return 0.5 * (info_nce(scores[0], labels) + info_nce(scores[1], labels))
+    return clip_loss(cross_modal_scores(batch, scale), labels, bias=bias)
 
 
 def _nt_xent(first: _Gathered, second: _Gathered, scale: Tensor) -> Tensor:

@@ -52,10 +52,13 @@ class RampedLoss(nn.Module):
         self._factor, self._ranking_off = factor, factor == 0  # compiled code sees the second alone
 
     def _restore_ramp(self) -> None:
-        """Make the buffer anew, in float32 at least: a cast of the module would round it."""
+        """Write the factor to the buffer, in float32 at least: a cast of the module rounds it."""
         old = self.ranking_ramp
         dtype = torch.promote_types(old.dtype, torch.float32)
-        self.ranking_ramp = torch.full((), self._factor, dtype=dtype, device=old.device)
+        if old.dtype == dtype:  # in place: DDP and captured graphs hold on to it
+            old.fill_(self._factor)
+        else:
+            self.ranking_ramp = torch.full((), self._factor, dtype=dtype, device=old.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

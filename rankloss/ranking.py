@@ -10,11 +10,10 @@ from typing_extensions import Unpack
 
 from rankloss.advice import Adviser
 from rankloss.checks import check_option_names, check_settings, check_weights
-from rankloss.contrastive import STREAM_ABOVE, info_nce, positive_mask, streamed_info_nce
+from rankloss.clip import STREAM_ABOVE, clip_loss, positive_mask, streamed_clip_loss
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
 from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
 from rankloss.global_batch import GatherOptions, GlobalBatchLoss
-from rankloss.kernels.launch import outside_autocast
 from rankloss.lists import (
     RankingList,
     cross_modal_lists,
@@ -227,39 +226,21 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         batch = gathered.in_full_precision()
         self._snapshot = take_snapshot(batch, scale, transitions) if self.keep_stats else None
         if self.order == 0 and len(batch.labels) * len(batch.texts) > STREAM_ABOVE:
-            contrastive = self._streamed_contrastive(batch, scale, bias, all_ids)
+            contrastive = streamed_clip_loss(batch, scale, all_ids, bias)
             ranking = torch.zeros_like(contrastive)
         else:
             scores = cross_modal_scores(batch, scale)
             positives = positive_mask(all_ids, batch.labels)
-            contrastive = self._contrastive(scores, bias, batch, positives)
+            contrastive = clip_loss(scores, batch.labels, positives, bias)
             if self.order == 0 or self._ranking_off:
                 ranking = self._no_ranking(batch)
             else:
                 ids = [inputs.image_ids, inputs.text_ids]
                 ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
+        contrastive = self.contrastive_weight * contrastive
         if output_dict:
             return {"contrastive_loss": contrastive, "ranking_loss": ranking}
         return contrastive + ranking
-
-    def _contrastive(
-        self,
-        scores: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        batch: GlobalBatch,
-        positives: Tensor | None,
-    ) -> Tensor:
-        logits = scores if bias is None else [x + bias for x in scores]
-        terms = [info_nce(x, batch.labels, positives) for x in logits]
-        return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
-
-    def _streamed_contrastive(
-        self, batch: GlobalBatch, scale: Tensor, bias: Tensor | None, ids: list[Tensor]
-    ) -> Tensor:
-        pairs = (batch.image_anchors, batch.texts), (batch.text_anchors, batch.images)
-        with outside_autocast(batch.images):
-            terms = [streamed_info_nce(x, y, scale, batch.labels, ids, bias) for x, y in pairs]
-        return self.contrastive_weight * 0.5 * (terms[0] + terms[1])
 
     @property
     def _heads(self) -> list[TransitionHeads]:
@@ -317,11 +298,13 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         return total * self.ranking_ramp.clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load; a state of order 0 or 1, which has no heads, leaves them at their start."""
-        whole = prefix + "ranking_ramp" in state_dict  # not the state of something else
-        if whole and not any(name.startswith(prefix + "transition_heads.") for name in state_dict):
+        """Load; a state of order 0 or 1, which has no heads, leaves them as they are."""
+        ours = prefix + "ranking_ramp" in state_dict  # not the state of something else
+        if ours and not any(name.startswith(prefix + "transition_heads.") for name in state_dict):
             for number, heads in enumerate(self._heads):
-                for name, value in heads.initial_values().items():
+                start = heads.initial_values()
+                for name, x in heads.named_parameters():
+                    value = start[name] if x.is_meta else x.detach()
                     state_dict[f"{prefix}transition_heads.{number}.{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -149,7 +149,8 @@ class TransitionHeads(nn.Module):
                 rest = start[len(given) :].to(given.device, given.dtype)
                 state_dict[prefix + name] = torch.cat([given, rest])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._uninitialized = self.key_weight.is_meta
+        if all(prefix + name in state_dict for name, _ in self.named_parameters()):
+            self._uninitialized = self.key_weight.is_meta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransitionHeads":
         was_meta = self.key_weight.is_meta

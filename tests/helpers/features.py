@@ -106,7 +106,7 @@ def equal(ids: list[int]) -> Tensor:
 def tables_of(
     loss: HighOrderPLLoss, image: Tensor, text: Tensor
 ) -> tuple[Transitions | None, Transitions | None]:
-    """P_mj = rms_norm(H A_mj), C_m = H B_m / sqrt(r), for image candidates and for text candidates."""
+    """P_mj = rms_norm(H A_mj), C_m = H B_m / sqrt(r): of image and of text candidates."""
     parameters = [x.detach().double() for x in loss.parameters()]
     if not parameters:
         return None, None

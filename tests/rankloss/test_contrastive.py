@@ -8,8 +8,8 @@ import torch
 from open_clip.loss import ClipLoss as OpenClipLoss
 from torch import Tensor
 
-from rankloss import ClipLoss, HighOrderPLLoss, contrastive, ranking
-from rankloss.contrastive import info_nce, positive_mask, streamed_info_nce
+from rankloss import ClipLoss, HighOrderPLLoss, clip, ranking
+from rankloss.clip import info_nce, positive_mask, streamed_info_nce
 from tests.helpers.features import features
 
 
@@ -134,7 +134,7 @@ def test_streamed_equals_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also when run backward twice."""
-    monkeypatch.setattr(contrastive, "STREAM_ABOVE", 16 * 9 * rows)
+    monkeypatch.setattr(clip, "STREAM_ABOVE", 16 * 9 * rows)
     v, t = features(9, 5)
     own = torch.tensor([0, 3, 8, 2, 6])
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
@@ -170,9 +170,9 @@ def test_a_large_batch_streams(
         calls.append(args)
         return plain(*args)
 
-    for module in (contrastive, ranking):
+    for module in (clip, ranking):
         monkeypatch.setattr(module, "STREAM_ABOVE", 50)
-    monkeypatch.setattr(ranking, "streamed_info_nce", counted)
+    monkeypatch.setattr(clip, "streamed_info_nce", counted)
     streamed = ClipLoss()(image, text, scale, bias, **ids)
     assert len(calls) == 2  # images to texts, and texts to images
     assert streamed.dtype == held.dtype

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import HighOrderPLLoss, Transitions
-from rankloss.contrastive import positive_mask
+from rankloss.clip import positive_mask
 from tests.helpers.features import equal, features, randomize
 from tests.helpers.problems import each_implementation
 
