@@ -48,7 +48,7 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         process_group, rank, world_size: see `rankloss.global_batch.GlobalBatchLoss`.
 
     Attributes:
-        means: (3,) float64, the running means H of S_tc, S_xt and S_xc.
+        means: (3,) float32, the running means H of S_tc, S_xt and S_xc.
 
     Raises:
         ValueError: a gamma is negative, momentum is outside [0, 1), or accum_freq < 1.
@@ -86,9 +86,15 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         self.means: Tensor
         self.pending: Tensor
         self.forwards: Tensor
-        self.register_buffer("means", torch.ones(3, dtype=torch.float64))
-        self.register_buffer("pending", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("means", torch.ones(3))
+        self.register_buffer("pending", torch.zeros(3))
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Put the running means at their start."""
+        self.means.fill_(1.0)
+        self.pending.zero_()
+        self.forwards.zero_()
 
     def forward(
         self,
@@ -108,7 +114,7 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
                 the raw ones.
             logit_bias: added to the logits.
             caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
-            local: leave other processes out: the loss of these n samples alone.
+            local: leave other processes out: the loss of these n samples alone. The means stay.
             output_dict: return {"contrastive_loss", "caption_loss"}, of raw texts and of
                 captions, whose sum is the loss.
 
@@ -128,7 +134,8 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         ).in_full_precision()
         gathered = gathered.to(texts.images.dtype)
         captions = texts._replace(text_anchors=caption_features.to(gathered.dtype), texts=gathered)
-        text_weights, caption_weights = self._weights(texts, captions)
+        moving = self.training and not local
+        text_weights, caption_weights = self._weights(texts, captions, moving)
         contrastive = _weighted_clip(texts, scale, bias, text_weights)
         caption = _weighted_clip(captions, scale, bias, caption_weights)
         if output_dict:
@@ -136,11 +143,14 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         return contrastive + caption
 
     @torch.no_grad()
-    def _weights(self, texts: GlobalBatch, captions: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """(n,) weights W_s W_t and W_s W_c of this process's samples; moves the means."""
+    def _weights(
+        self, texts: GlobalBatch, captions: GlobalBatch, moving: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(n,) weights W_s W_t and W_s W_c of this process's samples; moves the means if wanted."""
         x, t, c = texts.images, texts.texts, captions.texts
         similarities = torch.stack([(a * b).sum(1) for a, b in ((t, c), (x, t), (x, c))])  # (3, M)
-        means = self._moved_means(similarities.double())
+        moving = moving and similarities.shape[1] > 0
+        means = self._moved_means(similarities.mean(1)) if moving else self.means
         similarities = similarities[:, texts.labels] - means[:, None].to(similarities.dtype)
         sample = (self.sample_gamma * similarities[0]).exp().clamp(max=1.0)
         pair = (self.pair_gamma * similarities[1:]).exp()
@@ -148,10 +158,9 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         return weights[0], weights[1]
 
     def _moved_means(self, similarities: Tensor) -> Tensor:
-        """Means to use with (3, M) similarities; `means` itself moves at the end of a step."""
-        if not self.training or similarities.shape[1] == 0:
-            return self.means
-        pending, forwards = self.pending + similarities.mean(1), self.forwards + 1
+        """Means to use with a batch of mean similarities (3,); `means` moves at a step's end."""
+        pending = self.pending + similarities.to(self.pending.dtype)
+        forwards = self.forwards + 1
         moved = self.momentum * self.means + (1 - self.momentum) * pending / forwards
         done = forwards == self.accum_freq
         self.means.copy_(torch.where(done, moved, self.means))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rankloss import (
+    ALIPLoss,
     ClipLoss,
     CyCLIPLoss,
     GramLoss,
     HighOrderPLLoss,
+    ITOFusion,
+    ITOLoss,
     KoLeoLoss,
     RankCLIPLoss,
     RelationalAngleLoss,
@@ -67,6 +70,22 @@ def pairs(n: int = 6, d: int = 8) -> Inputs:
         return [normalize(image, dim=1), normalize(image + noise, dim=1), scale]
 
     return draw
+
+
+def pairs_and(others: int) -> Inputs:
+    """As `pairs`, then so many more unit-norm features of the same items."""
+    return lambda g: [*pairs()(g), *unit(*[(6, 8)] * others)(g)]
+
+
+class Named(nn.Module):
+    """A loss whose arguments after the third are given by name."""
+
+    def __init__(self, loss: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.loss, self.names = loss, names
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.loss(*given[:3], **dict(zip(self.names, given[3:], strict=True)))
 
 
 def normal(*shapes: tuple[int, ...]) -> Inputs:
@@ -135,6 +154,14 @@ CASES = {
     ),
     "siglip": Case(SigLipLoss, pairs()),
     "cyclip": Case(CyCLIPLoss, pairs()),
+    "alip": Case(lambda: Named(ALIPLoss().eval(), "caption_features"), pairs_and(1)),
+    "ito": Case(
+        lambda: Named(ITOLoss(), "other_view_features", "fused_features", "other_fused_features"),
+        pairs_and(3),
+    ),
+    "ito fusion": Case(
+        seeded(lambda: ITOFusion(8)), normal((2, 5, 8), (2, 3, 8)), float32=False, heads=True
+    ),
     "likelihood, blocked": Case(lambda: likelihood("blocked"), SCORES),
     "likelihood, reference": Case(lambda: likelihood("reference"), SCORES),
     "gram": Case(GramLoss, TOKENS, constants=1),

@@ -49,7 +49,7 @@ def similarities(x: Tensor, t: Tensor, c: Tensor) -> list[float]:
 @pytest.mark.parametrize("gammas", [(2.0, 2.0), (1.0, 0.5)], ids=str)
 @pytest.mark.parametrize("momentum", [0.99, 0.5])
 def test_three_steps_by_hand(momentum: float, gammas: tuple[float, float]) -> None:
-    loss = ALIPLoss(sample_gamma=gammas[0], pair_gamma=gammas[1], momentum=momentum)
+    loss = ALIPLoss(sample_gamma=gammas[0], pair_gamma=gammas[1], momentum=momentum).double()
     means = [1.0, 1.0, 1.0]
     for step in range(3):
         x, t, c = triplets(6, seed=step, grad=False)
@@ -64,7 +64,7 @@ def test_three_steps_by_hand(momentum: float, gammas: tuple[float, float]) -> No
 def test_both_kinds_of_samples_are_covered() -> None:
     """Low means make some samples trusted (W_s = 1, no pair weights) and leave others not."""
     x, t, c = triplets(6, grad=False)
-    loss = ALIPLoss(momentum=0.0)  # means are the batch's own: about half lie above
+    loss = ALIPLoss(momentum=0.0).double()  # means are the batch's own: about half lie above
     texts_agree = (t * c).sum(1)
     trusted = texts_agree >= texts_agree.mean()
     assert 0 < trusted.sum() < 6
@@ -115,8 +115,13 @@ def test_the_means_are_saved_and_restored() -> None:
 
 def test_evaluation_leaves_the_means_alone() -> None:
     x, t, c = triplets(5, grad=False)
-    loss = ALIPLoss().eval()
-    loss(x, t, 9.0, caption_features=c)
+    loss = ALIPLoss()
+    loss(x, t, 9.0, caption_features=c, local=True)
+    loss.eval()(x, t, 9.0, caption_features=c)
+    assert loss.means.tolist() == [1.0, 1.0, 1.0]
+    loss.train()(x, t, 9.0, caption_features=c)
+    assert loss.means.tolist() != [1.0, 1.0, 1.0]
+    loss.reset_parameters()
     assert loss.means.tolist() == [1.0, 1.0, 1.0]
 
 
