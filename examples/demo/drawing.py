@@ -6,6 +6,7 @@ import functools
 import math
 import random
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from examples.demo.scenes import Scene, Thing
@@ -26,7 +27,7 @@ SUPERSAMPLE = 8
 def draw(scene: Scene, rng: random.Random, image_size: int) -> Image.Image:
     """Draw a scene, (image_size, image_size) RGB.
 
-    What the caption never tells varies too: background, position within the cell, shade, and a
+    Things that the caption never tells vary too: background, position within the cell, shade, and a
     little of the size.
     """
     base = rng.choice((rng.randrange(25, 70), rng.randrange(190, 240)))
@@ -72,27 +73,15 @@ def shape_mask(shape: str, radius: int) -> Image.Image:
 
 @functools.cache
 def texture_mask(texture: str, radius: int) -> Image.Image:
-    """Where the dark shade goes, (2 radius, 2 radius) 8-bit grey; periods are in pixels."""
-    width = 2 * radius
-    mask = Image.new("L", (width, width), 0)
-    pixels = mask.load()
-    if pixels is None:
-        raise RuntimeError("PIL gave no access to a new image's pixels")
-    for x in range(width):
-        for y in range(width):
-            if _dark(texture, x, y):
-                pixels[x, y] = 255
-    return mask
-
-
-def _dark(texture: str, x: int, y: int) -> bool:
-    if texture == "striped":
-        return y % 4 >= 2
-    if texture == "checkered":
-        return (x // 4 + y // 4) % 2 == 1
-    if texture == "dotted":
-        return x % 4 in (1, 2) and y % 4 in (1, 2)
-    return False
+    """The dark shade's pixels, (2 radius, 2 radius) 8-bit grey; periods are in pixels."""
+    y, x = np.indices((2 * radius, 2 * radius))
+    dark = {
+        "plain": np.zeros_like(x, bool),
+        "striped": y % 4 >= 2,
+        "checkered": (x // 4 + y // 4) % 2 == 1,
+        "dotted": np.isin(x % 4, (1, 2)) & np.isin(y % 4, (1, 2)),
+    }[texture]
+    return Image.fromarray((255 * dark).astype(np.uint8))
 
 
 def _star() -> list[tuple[float, float]]:

@@ -4,25 +4,61 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import rankloss
-from examples.cc3m.files import write_json, write_text
-from examples.demo.results import Metric, Outcomes, difference, mean_and_spread, sentences
-from examples.demo.timing import StepTime
+from examples.demo.measures import Metric, Outcomes, difference, mean_and_spread
 
 ONE_SEED = (
-    "± is two standard errors over held-out examples of one training run each; it does not "
-    "include the variation between seeds (`--seeds 3` does)."
+    "One seed proves nothing: ± is two standard errors over the held-out examples of one training "
+    "run each, and leaves out how much a row changes from seed to seed. `--seeds 3` measures that."
 )
 MORE_SEEDS = (
     "± is two standard errors over {} seeds, each compared with CLIP's run of the same seed."
 )
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """One row of the comparison; lists have an entry for each seed."""
+
+    label: str
+    outcomes: list[Outcomes]
+    cpu_seconds: list[float]
+    """CPU seconds of optimizer steps, summed over threads."""
+    history: list[dict[str, list[float]]]
+    """Loss terms and more, by step."""
+    parameters: int
+
+
+def report_text(metrics: Sequence[Metric], rows: Sequence[TrainedRow], notes: Sequence[str]) -> str:
+    """The table, differences from its first model, and notes on how to read them."""
+    base, *others = rows
+    count = len(base.outcomes)
+    said = [_differences(row, base, metrics) for row in others]
+    errors = ONE_SEED if count == 1 else MORE_SEEDS.format(count)
+    bullets = "\n".join(f"- {text}" for text in (errors, *said, *notes))
+    return f"{results_table(metrics, rows)}\n\n{bullets}\n"
+
+
+def results_table(metrics: Sequence[Metric], rows: Sequence[TrainedRow]) -> str:
+    """One column a model, one line a metric; ± is the deviation between seeds, if several."""
+    lines = []
+    for metric in metrics:
+        cells = [metric.label, "" if metric.chance is None else metric.show(metric.chance)]
+        for row in rows:
+            mean, spread = mean_and_spread([outcome[metric.key] for outcome in row.outcomes])
+            error = "" if spread is None else f" ± {metric.show(spread)}"
+            cells.append(metric.show(mean) + error)
+        lines.append(cells)
+    cpu = (f"{statistics.median(row.cpu_seconds):.3f}" for row in rows)
+    lines.append(["CPU seconds per step", "", *cpu])
+    lines.append(["parameters (millions)", "", *(f"{row.parameters / 1e6:.2f}" for row in rows)])
+    return markdown_table(["held-out measure", "chance", *(row.label for row in rows)], lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -38,88 +74,42 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-def results_table(
-    rows: Sequence[Metric],
-    outcomes: dict[str, list[Outcomes]],
-    times: dict[str, StepTime],
-) -> str:
-    """One column a model (keys are labels), one row a metric; ± is between seeds, if several."""
-    lines = []
-    for metric in rows:
-        cells = [metric.label, "" if metric.chance is None else metric.show(metric.chance)]
-        for seeds in outcomes.values():
-            mean, spread = mean_and_spread([outcome[metric.key] for outcome in seeds])
-            cells.append(
-                metric.show(mean) + ("" if spread is None else f" ± {metric.show(spread)}")
-            )
-        lines.append(cells)
-    lines.append(["seconds per step", "", *(f"{times[x].median:.3f}" for x in outcomes)])
-    lines.append(["processor seconds per step", "", *(f"{times[x].cpu:.3f}" for x in outcomes)])
-    return markdown_table(["held-out measure", "chance", *outcomes], lines)
-
-
-def report_text(
-    rows: Sequence[Metric],
-    outcomes: dict[str, list[Outcomes]],
-    times: dict[str, StepTime],
-    notes: Sequence[str],
-) -> str:
-    """The table, what it says about each model against the first, and notes on how to read it."""
-    (_, base), *others = outcomes.items()
-    said = [sentences(label, seeds, base, list(rows)) for label, seeds in others]
-    errors = ONE_SEED if len(base) == 1 else MORE_SEEDS.format(len(base))
-    spread = "; ".join(
-        f"{label} {t.quartiles[0]:.3f} to {t.quartiles[1]:.3f}" for label, t in times.items()
-    )
-    timing = f"Seconds per step: median of steps taken in turns; middle half {spread}."
-    bullets = "\n".join(f"- {text}" for text in (*said, errors, timing, *notes))
-    return f"{results_table(rows, outcomes, times)}\n\n{bullets}\n"
+def _differences(row: TrainedRow, base: TrainedRow, metrics: Sequence[Metric]) -> str:
+    """One sentence: how far a model is from CLIP; no verdict on what it means."""
+    parts = []
+    for metric in (metric for metric in metrics if metric.compared):
+        ours, theirs = ([x[metric.key] for x in each.outcomes] for each in (row, base))
+        told = metric.show_difference(*difference(ours, theirs))
+        parts.append(f"{told} {metric.label.removesuffix(' (%)')}")
+    return f"{row.label} minus {base.label}: {'; '.join(parts)}."
 
 
 def results_json(
-    rows: Sequence[Metric],
-    outcomes: dict[str, list[Outcomes]],
-    times: dict[str, StepTime],
-    settings: dict[str, Any],
-    training: dict[str, Any],
+    metrics: Sequence[Metric], rows: Sequence[TrainedRow], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything in the report and all that is needed to make it again."""
-    (_, base), *_ = outcomes.items()
-    models = {}
-    for label, seeds in outcomes.items():
-        measured: dict[str, Any] = {}
-        for metric in rows:
-            values = [outcome[metric.key] for outcome in seeds]
-            mean, spread = mean_and_spread(values)
-            change, error = difference(values, [outcome[metric.key] for outcome in base])
-            measured[metric.key] = {
-                "mean": mean,
-                "by_seed": [float(value.double().mean()) for value in values],
-                "std_between_seeds": spread,
-                "minus_clip": change,
-                "standard_error": None if error != error else error,
-            }
-        models[label] = {
-            "metrics": measured,
-            "seconds_per_step": asdict(times[label]),
-            "training": training[label],
+    """Every number of the report by seed, and all that is needed to make it again."""
+    models = {
+        row.label: {
+            "metrics": {
+                metric.key: [float(x[metric.key].double().mean()) for x in row.outcomes]
+                for metric in metrics
+            },
+            "cpu_seconds_per_step": statistics.median(row.cpu_seconds),
+            "parameters": row.parameters,
+            "training": row.history,
         }
-    chance = {metric.key: metric.chance for metric in rows}
+        for row in rows
+    }
+    chance = {metric.key: metric.chance for metric in metrics}
     return {"settings": settings, "versions": versions(), "chance": chance, "models": models}
 
 
 def versions() -> dict[str, str]:
     names = ("open_clip_torch", "webdataset", "numpy", "pillow", "safetensors")
     return {
-        "rankloss": rankloss.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
         **{name: importlib.metadata.version(name) for name in names},
     }
-
-
-def write_report(directory: Path, text: str, data: dict[str, Any]) -> None:
-    write_text(directory / "results.md", text)
-    write_json(directory / "results.json", data)

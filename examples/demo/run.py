@@ -1,13 +1,12 @@
 """CLIP, RankCLIP, the third-order loss, and it with an injected student, on generated scenes.
 
-A few minutes on two CPU cores.
-
     python -m examples.demo            # writes runs/demo/{results.json,results.md,report.png}
     python -m examples.demo --fast     # seconds; shows that everything runs, learns nothing
     python -m examples.demo --seeds 3  # with the variation between seeds
 
-Ctrl-C (or a crash) loses at most a few steps: the same command goes on where it stopped, and skips
-what is finished.
+A few minutes on two CPU cores. Every row is trained by `examples.cc3m.train` on the same scenes in
+the same order, without augmentation, from the same initial weights, for the same number of steps.
+Ctrl-C loses nothing, a crash at most some steps: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,102 +16,65 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 # Threads that wait should sleep, not spin: else another program on the same cores halves our speed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-import rankloss
-from examples.cc3m.batches import Position
-from examples.cc3m.checkpoint import load_tensors, save_tensors
-from examples.cc3m.features import FeatureReader
-from examples.cc3m.files import UserError, claim_directory
-from examples.cc3m.generators import seed_generators
-from examples.cc3m.loader import ShardLoader
-from examples.cc3m.models import build_clip, build_tokenizer, build_transform
+from examples.cc3m.files import UserError, write_json, write_text
+from examples.cc3m.models import build_tokenizer, build_transform, model_config
+from examples.cc3m.parallel import running
 from examples.cc3m.recipe import load_recipe
-from examples.cc3m.shards import count_samples
+from examples.cc3m.run_settings import RunSettings
+from examples.cc3m.settings import TrainSettings
 from examples.cc3m.signals import Interrupted, StopRequest
-from examples.cc3m.towers import build_towers
+from examples.cc3m.train import Run
 from examples.cc3m.training import Trainer
-from examples.demo.figures import EXAMPLES, ModelFigures, save_figure
-from examples.demo.heldout import HeldOut, encode_heldout, read_heldout
-from examples.demo.report import report_text, results_json, write_report
-from examples.demo.results import Outcomes, measure, metrics
-from examples.demo.scene_shards import prepare_scenes, read_pictures
-from examples.demo.settings import FAST, RECIPES, DemoSettings
-from examples.demo.teacher import describe, extract_features
-from examples.demo.timing import StepTime, time_steps
+from examples.demo.figures import EXAMPLES, save_figure
+from examples.demo.measures import (
+    Metric,
+    Outcomes,
+    encode_splits,
+    mean_and_spread,
+    measure,
+    metrics,
+    read_split,
+)
+from examples.demo.report import TrainedRow, report_text, results_json
+from examples.demo.scene_shards import SceneSettings, prepare_scenes, read_pictures, shard_range
+from examples.demo.teacher import TeacherSettings, describe, extract_features
+
+RECIPES = ("clip", "rankclip", "highorder_r3", "dinorankclip")
+"""Rows of the comparison: files in examples/recipes."""
+MODEL: Final = "tiny"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished training run."""
+class DemoSettings:
+    """All that determines the results, but the recipe and the seed."""
 
-    features: dict[str, Tensor]
-    history: dict[str, list[float]]
+    scenes: SceneSettings = field(default_factory=SceneSettings)
+    training: TrainSettings = field(
+        default_factory=lambda: TrainSettings(checkpoint_steps=40, log_steps=20)
+    )
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What every run shares."""
-
-    settings: DemoSettings
-    out: Path
-    fresh: bool
-    shards: dict[str, list[str]]
-    heldout: HeldOut
-    probe: HeldOut
-    features: FeatureReader
-    """Of the teacher, for the training images."""
-
-    def loader(self, seed: int = 0, *, features: bool) -> ShardLoader:
-        """Of the training data, with or without the teacher's features."""
-        shards = self.shards["train"]
-        return _loader(self.settings, shards, seed, self.features if features else None, train=True)
-
-    def trainer(self, name: str, seed: int, checkpoints: Path) -> Trainer:
-        """The same initialisation and the same data order for every recipe."""
-        recipe, settings = load_recipe(name), self.settings
-        training = replace(settings.training, seed=seed)
-        seed_generators(seed)
-        towers = build_towers(
-            recipe,
-            build_clip({**settings.model, **recipe.model_options}),
-            settings.model["embed_dim"],
-            student=settings.student,
-            teacher_grid=self.features.grid,
-        )
-        steps = count_samples(self.shards["train"]) // training.batch_size
-        loader = self.loader(seed, features=recipe.distillation is not None)
-        return Trainer(towers, loader, training, steps, checkpoints)
-
-    def fingerprint(self, name: str, seed: int) -> dict[str, Any]:
-        """What must not change between the start of a run and its continuation."""
-        recipe, settings = load_recipe(name), self.settings
-        data: dict[str, Any] = {
-            "scenes": asdict(settings.scenes),
-            "training": asdict(replace(settings.training, seed=seed)),
-            "model": settings.model,
-            "recipe": asdict(recipe),
-            "rankloss": rankloss.__version__,
-        }
-        if recipe.injection is not None:
-            data |= {"student": settings.student}
-        if recipe.distillation is not None:
-            data |= {"teacher": self.features.manifest}
-        return data
+FAST = DemoSettings(
+    SceneSettings(train=48, heldout=32, probe=16, per_shard=24),
+    TrainSettings(epochs=2, batch_size=16, warmup_steps=2, checkpoint_steps=2),
+    TeacherSettings(options={"depth": 1, "embed_dim": 24, "num_heads": 2}, dim=8),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit code."""
+    """Run the demo and return the exit code."""
     options = _parse(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = FAST if options.fast else DemoSettings()
@@ -121,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(settings, teacher=teacher)
     stop = StopRequest()
     try:
-        _run(settings, options, stop)
+        Demo(settings, options.out, options.seeds, options.fresh).run(stop)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\n{str(error) or 'interrupted'}; run the same command to go on from there")
         return 128 + (stop.signal_number or 2)
@@ -135,144 +97,122 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
-    parser.add_argument("--seeds", type=int, default=1, help="training runs of each loss")
-    parser.add_argument("--fast", action="store_true", help="a tiny run that learns nothing")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/demo"), help="folder of results")
+    add("--seeds", type=int, default=1, help="training runs of each row")
+    add("--fast", action="store_true", help="a tiny run that learns nothing")
+    add(
         "--teacher",
         metavar="NAME",
-        help="a DINOv3 of timm or transformers, or its folder, with "
-        "its weights; without this option a small one with random weights",
+        help="a DINOv3 of timm or transformers, or its folder, with its weights; without this "
+        "option a small one with random weights",
     )
-    parser.add_argument("--fresh", action="store_true", help="discard runs with other settings")
+    add("--fresh", action="store_true", help="discard runs with other settings")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     return options
 
 
-def _run(settings: DemoSettings, options: argparse.Namespace, stop: StopRequest) -> None:
-    started = time.perf_counter()
-    shards = prepare_scenes(settings.scenes, options.out / "data")
-    samples = sum(count_samples(x) for x in shards.values())
-    print(f"{samples} scenes in {options.out / 'data'} ({time.perf_counter() - started:.1f} s)")
-    size = settings.scenes.image_size
-    features = extract_features(settings.teacher, shards["train"], size, fresh=options.fresh)
-    held = {
-        split: read_heldout(_loader(settings, shards[split], 0, None, train=False))
-        for split in ("heldout", "probe")
-    }
-    demo = Demo(settings, options.out, options.fresh, shards, **held, features=features)
-    with stop.listening():
-        runs = {
-            load_recipe(name).label: [train_one(demo, name, s, stop) for s in range(options.seeds)]
-            for name in RECIPES
-        }
-    times, parameters = measure_costs(demo)
-    _report(demo, runs, times, parameters)
-    print(f"{options.out}: results.json, results.md, report.png")
-    print(f"{time.perf_counter() - started:.0f} s in all")
+class Demo:
+    """Writes the scenes, trains every row on them, measures and reports."""
+
+    def __init__(self, settings: DemoSettings, out: Path, seeds: int, fresh: bool) -> None:
+        self.settings, self.out, self.seeds, self.fresh = settings, out, seeds, fresh
+        self.started = time.perf_counter()
+        config = model_config(MODEL)
+        self.tokenize = build_tokenizer(config)
+        self.shards = prepare_scenes(settings.scenes, out / "data")
+        self._say(f"{sum(map(len, self.shards.values()))} shards of scenes in {out / 'data'}")
+        transform = build_transform(config, train=False)
+        self.heldout, self.probe = (
+            read_split(self.shards[name], transform, self.tokenize) for name in ("heldout", "probe")
+        )
+        self.metrics = metrics(len(self.heldout.scenes))
+
+    def run(self, stop: StopRequest) -> None:
+        """Train all rows and report.
+
+        Raises:
+            Interrupted: asked to stop; the row that was being trained was saved.
+            UserError: something that only the user can put right.
+        """
+        rows, notes = [], [self._budget()]
+        for name in RECIPES:
+            features = None
+            if load_recipe(name).distillation is not None:
+                size = self.settings.scenes.image_size
+                teacher, shards = self.settings.teacher, self.shards["train"]
+                features = extract_features(teacher, shards, size, fresh=self.fresh)
+                notes.append(describe(features))
+            rows.append(self._row(name, features, stop))
+            self._say(headline(rows[-1], self.metrics))
+        self._report(rows, notes)
+
+    def _row(self, name: str, features: Path | None, stop: StopRequest) -> TrainedRow:
+        trained = [self._train(name, seed, features, stop) for seed in range(self.seeds)]
+        return TrainedRow(
+            load_recipe(name).label,
+            [self._measure(trainer) for trainer in trained],
+            [seconds for trainer in trained for seconds in trainer.history["cpu_seconds"]],
+            [trainer.history for trainer in trained],
+            sum(p.numel() for p in trained[0].towers.parameters()),
+        )
+
+    def _measure(self, trainer: Trainer) -> Outcomes:
+        features = encode_splits(trainer.towers, self.heldout, self.probe, self.tokenize)
+        return measure(features, self.heldout.scenes, self.probe.scenes)
+
+    def _train(self, name: str, seed: int, features: Path | None, stop: StopRequest) -> Trainer:
+        """Train, or go on training; a finished run is only loaded."""
+        settings = RunSettings(
+            load_recipe(name),
+            model=MODEL,
+            data=shard_range(self.shards["train"]),
+            features=features,
+            out=self.out / name / f"seed{seed}",
+            fresh=self.fresh,
+            augment=False,
+            shuffle=self.settings.scenes.train,
+            workers=0,
+            device="cpu",
+            tensorboard=False,
+            train=replace(self.settings.training, seed=seed),
+        )
+        with running("cpu") as parallel, stop.listening():
+            return Run(settings, parallel).train(stop)
+
+    def _budget(self) -> str:
+        scenes, training = self.settings.scenes, self.settings.training
+        steps = training.epochs * (scenes.train // training.batch_size)
+        return (
+            f"Every row: {scenes.train} scenes, {training.epochs} epochs of batches of "
+            f"{training.batch_size} ({steps} steps) without augmentation, the same initial weights "
+            f"and order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads."
+        )
+
+    def _report(self, rows: list[TrainedRow], notes: list[str]) -> None:
+        text = report_text(self.metrics, rows, notes)
+        recipes = {name: asdict(load_recipe(name)) for name in RECIPES}
+        told = {**asdict(self.settings), "seeds": self.seeds, "recipes": recipes}
+        write_text(self.out / "results.md", text)
+        write_json(self.out / "results.json", results_json(self.metrics, rows, told))
+        pictures = islice(read_pictures(self.shards["heldout"]), 0, 4 * EXAMPLES, 4)
+        save_figure(self.out / "report.png", rows, self.metrics, list(pictures))
+        print(f"\n{text}")
+        self._say(f"{self.out}: results.json, results.md, report.png")
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.started:4.0f} s] {text}", flush=True)
 
 
-def train_one(demo: Demo, name: str, seed: int, stop: StopRequest) -> Run:
-    """Train, or go on training, and encode the held-out data; what is finished is only read."""
-    directory = demo.out / name / f"seed{seed}"
-    claim_directory(directory, demo.fingerprint(name, seed), fresh=demo.fresh)
-    finished = directory / "features.safetensors"
-    label = load_recipe(name).label + (f", seed {seed}" if seed else "")
-    if finished.exists():
-        features, state = load_tensors(finished)
-        print(f"{label}: finished before")
-        return Run(features, state["history"])
-    trainer = demo.trainer(name, seed, directory / "checkpoints")
-    if trainer.step:
-        print(f"{label}: going on after step {trainer.step} of {trainer.total_steps}")
-    trainer.fit(label, stop)
-    tokenize = build_tokenizer(demo.settings.model)
-    features = encode_heldout(trainer.towers, demo.heldout, demo.probe, tokenize)
-    save_tensors(finished, features, {"history": trainer.history})
-    if stop.signal_number is not None:
-        raise Interrupted(f"stopped after {label}", stop.signal_number)
-    return Run(features, trainer.history)
-
-
-def measure_costs(demo: Demo) -> tuple[dict[str, StepTime], dict[str, int]]:
-    """Cost of a step of each recipe (fresh models take turns on one batch), and its parameters."""
-    batch = next(demo.loader(features=True).epoch(Position()))
-    trainers = {
-        load_recipe(name).label: demo.trainer(name, 0, demo.out / "no-checkpoints")
-        for name in RECIPES
-    }
-    for trainer in trainers.values():
-        trainer.towers.train()
-
-    def step(trainer: Trainer) -> Callable[[], dict[str, Tensor]]:
-        return lambda: trainer.update([batch])
-
-    steps = {label: step(trainer) for label, trainer in trainers.items()}
-    parameters = {
-        label: sum(p.numel() for p in trainer.towers.parameters())
-        for label, trainer in trainers.items()
-    }
-    return time_steps(steps, demo.settings.timing_rounds), parameters
-
-
-def _report(
-    demo: Demo,
-    runs: dict[str, list[Run]],
-    times: dict[str, StepTime],
-    parameters: dict[str, int],
-) -> None:
-    rows = metrics(len(demo.heldout.scenes), len(demo.probe.scenes))
-    outcomes: dict[str, list[Outcomes]] = {
-        label: [measure(run.features, demo.heldout.scenes, demo.probe.scenes) for run in seeds]
-        for label, seeds in runs.items()
-    }
-    training = {label: [run.history for run in seeds] for label, seeds in runs.items()}
-    settings = demo.settings.training
-    minutes = sum(sum(run.history["seconds"]) for seeds in runs.values() for run in seeds) / 60
-    notes = [
-        f"{len(demo.heldout.scenes)} held-out scenes, {demo.settings.scenes.train} for training, "
-        f"{settings.epochs} epochs of batches of {settings.batch_size}, "
-        f"{torch.get_num_threads()} threads; {minutes:.1f} minutes of optimizer steps in all.",
-        "Trained parameters, millions: "
-        + "; ".join(f"{label} {count / 1e6:.2f}" for label, count in parameters.items())
-        + ".",
-        describe(demo.features.manifest),
-    ]
-    text = report_text(rows, outcomes, times, notes)
-    recipes = {recipe.label: asdict(recipe) for recipe in map(load_recipe, RECIPES)}
-    described = {**asdict(demo.settings), "recipes": recipes, "features": demo.features.manifest}
-    data = results_json(rows, outcomes, times, described, training) | {"parameters": parameters}
-    write_report(demo.out, text, data)
-    models = [
-        ModelFigures(label, seeds[0].history, outcomes[label], seeds[0].features)
-        for label, seeds in runs.items()
-    ]
-    examples: list[tuple[Image.Image, str]] = read_pictures(demo.shards["heldout"], EXAMPLES)
-    save_figure(demo.out / "report.png", models, rows, examples)
-    print(f"\n{text}")
-
-
-def _loader(
-    settings: DemoSettings,
-    shards: list[str],
-    seed: int,
-    features: FeatureReader | None,
-    *,
-    train: bool,
-) -> ShardLoader:
-    return ShardLoader(
-        shards,
-        build_transform(settings.model, train=False),  # every scene is different: no augmentation
-        build_tokenizer(settings.model),
-        settings.training.batch_size,
-        shuffle=settings.scenes.train if train else 0,
-        seed=seed,
-        records=not train,
-        features=features,
-        keep=train,
-    )
+def headline(row: TrainedRow, metrics: Sequence[Metric]) -> str:
+    """A row's main measures, as soon as it is trained."""
+    told = []
+    for metric in (metric for metric in metrics if metric.compared):
+        mean, _ = mean_and_spread([outcome[metric.key] for outcome in row.outcomes])
+        told.append(f"{metric.label} {metric.show(mean)}")
+    return f"{row.label}: {', '.join(told)}"
 
 
 if __name__ == "__main__":

@@ -11,26 +11,25 @@ unseen pair; families of near neighbours, so that the nearest caption is not an 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import webdataset as wds
 from PIL import Image
 
 from examples.cc3m.files import UserError, read_json, replaced_directory, write_json
-from examples.cc3m.shards import Failures, decode, read_shard
+from examples.cc3m.shards import Failures, decode_image, read_shard
 from examples.demo.captions import caption
 from examples.demo.drawing import draw
 from examples.demo.scenes import UNSEEN_PAIRS, Scene, edit_scene, sample_scene
 
-GENERATOR = 1
+GENERATOR = 2
 """Raise it whenever scenes, captions or drawings change: old data are then made anew."""
 TRAIN_THINGS = (1, 2, 2, 2, 3)
 """Numbers of things, equally likely."""
@@ -39,10 +38,10 @@ HELDOUT_THINGS = (2, 2, 3)
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """What data to generate.
+    """Which data to generate.
 
     Args:
-        seed: of everything.
+        seed: decides everything.
         image_size: width and height in pixels.
         train, heldout, probe: samples in each split.
         per_shard: samples in a tar, at most 10000 (four digits of the key).
@@ -51,7 +50,7 @@ class SceneSettings:
 
     seed: int = 0
     image_size: int = 64
-    train: int = 10240
+    train: int = 5120
     heldout: int = 1024
     probe: int = 512
     per_shard: int = 1600
@@ -69,7 +68,7 @@ class SceneSettings:
 
 
 def prepare_scenes(settings: SceneSettings, directory: Path) -> dict[str, list[str]]:
-    """Generate the data unless `directory` already holds them; the shards of each split.
+    """Generate the data unless `directory` already holds them; return the shards of each split.
 
     Raises:
         UserError: `directory` exists and was not made by this function, so it is left alone.
@@ -85,6 +84,32 @@ def prepare_scenes(settings: SceneSettings, directory: Path) -> dict[str, list[s
     return {
         split: [str(tar) for tar in sorted((directory / split).glob("*.tar"))] for split in _SPLITS
     }
+
+
+def shard_range(shards: Sequence[str]) -> str:
+    """Name consecutive shards as the training script takes them: "folder/{00000..00003}.tar"."""
+    first, last = Path(shards[0]), Path(shards[-1])
+    return str(first.with_name(f"{{{first.stem}..{last.stem}}}.tar"))
+
+
+class Picture(NamedTuple):
+    """One sample of the data."""
+
+    key: str
+    image: Image.Image
+    caption: str
+    scene: Scene
+
+
+def read_pictures(shards: Sequence[str]) -> Iterator[Picture]:
+    """All samples of some shards, in their order."""
+    for shard in shards:
+        for sample in read_shard(shard, Failures()):
+            scene = Scene.from_json(json.loads(sample["json"])["scene"])
+            yield Picture(sample["__key__"], decode_image(sample), sample["txt"].decode(), scene)
+
+
+# ---------------------------------------------------------------- scenes of each split
 
 
 def train_scenes(settings: SceneSettings) -> Iterator[Scene]:
@@ -110,8 +135,7 @@ def heldout_scenes(settings: SceneSettings) -> Iterator[Scene]:
 
 def probe_scenes(settings: SceneSettings) -> Iterator[Scene]:
     for index in range(settings.probe):
-        rng = _rng(settings, "probe", index)
-        yield sample_scene(rng, 1, unseen=index % 2 == 0)
+        yield sample_scene(_rng(settings, "probe", index), 1, unseen=index % 2 == 0)
 
 
 def has_unseen_pair(scene: Scene) -> bool:
@@ -126,69 +150,48 @@ def _rng(settings: SceneSettings, *purpose: object) -> random.Random:
     return random.Random("/".join(map(str, (settings.seed, *purpose))))
 
 
+# ---------------------------------------------------------------- writing
+
+
 def _write_split(directory: Path, split: str, settings: SceneSettings) -> int:
     directory.mkdir()
     scenes = enumerate(_SPLITS[split](settings))
     total = 0
-    while chunk := list(itertools.islice(scenes, settings.per_shard)):
-        shard = total // settings.per_shard
-        samples = (
-            _sample(
-                scene, f"{shard:05d}{row:04d}", _rng(settings, split, "picture", i), split, settings
-            )
-            for row, (i, scene) in enumerate(chunk)
-        )
-        _write_shard(directory / f"{shard:05d}", samples, len(chunk))
+    for shard in itertools.count():
+        chunk = list(itertools.islice(scenes, settings.per_shard))
+        if not chunk:
+            return total
+        stem = f"{shard:05d}"
+        with (
+            open(directory / f"{stem}.tar", "wb") as file,
+            wds.TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
+            for row, (index, scene) in enumerate(chunk):
+                rng = _rng(settings, split, "picture", index)
+                omit = settings.omit if split == "train" else 0.0
+                tar.write(_sample(scene, f"{stem}{row:04d}", rng, omit, settings.image_size))
+        stats = {"count": len(chunk), "successes": len(chunk)}
+        write_json(directory / f"{stem}_stats.json", stats)
         total += len(chunk)
-    return total
+    raise AssertionError("itertools.count does not end")
 
 
-def _write_shard(stem: Path, samples: Iterable[dict[str, Any]], count: int) -> None:
-    with open(f"{stem}.tar", "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
-        for sample in samples:
-            tar.write(sample)
-    stats = {
-        "count": count,
-        "successes": count,
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
-        "duration": 0.0,
-        "status_dict": {"success": count},
-    }
-    write_json(Path(f"{stem}_stats.json"), stats)
-
-
-def _sample(
-    scene: Scene, key: str, rng: random.Random, split: str, settings: SceneSettings
-) -> dict[str, Any]:
-    text = caption(scene, rng, settings.omit if split == "train" else 0.0)
-    jpg = _jpeg(draw(scene, rng, settings.image_size))
-    size = settings.image_size
+def _sample(scene: Scene, key: str, rng: random.Random, omit: float, size: int) -> dict[str, Any]:
+    text = caption(scene, rng, omit)
+    picture = io.BytesIO()
+    # at full colour resolution: small things would lose theirs to chroma subsampling
+    draw(scene, rng, size).save(picture, "JPEG", quality=92, subsampling=0)
     record = {
         "caption": text,
-        "url": f"scene://{split}/{key}",
         "key": key,
         "status": "success",
-        "error_message": None,
         "width": size,
         "height": size,
-        "original_width": size,
-        "original_height": size,
-        "exif": "{}",
-        "sha256": hashlib.sha256(jpg).hexdigest(),
         "scene": scene.to_json(),
     }
-    return {"__key__": key, "jpg": jpg, "txt": text.encode(), "json": json.dumps(record).encode()}
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    """At full colour resolution: small things would lose theirs to chroma subsampling."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92, subsampling=0)
-    return buffer.getvalue()
-
-
-def read_pictures(shards: list[str], count: int) -> list[tuple[Image.Image, str]]:
-    """The first pictures of every fourth sample (one of each family), and their captions."""
-    samples = (sample for shard in shards for sample in read_shard(shard, Failures()))
-    return [decode(sample) for sample in itertools.islice(samples, 0, 4 * count, 4)]
+    return {
+        "__key__": key,
+        "jpg": picture.getvalue(),
+        "txt": text.encode(),
+        "json": json.dumps(record).encode(),
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,31 +54,16 @@ class Scene:
     relations: tuple[str, ...]
 
     def attributes(self) -> tuple[tuple[str, ...], ...]:
-        """What a full caption tells: attributes of every thing, then the relations."""
+        """Facts that a full caption tells: attributes of every thing, then the relations."""
         told = tuple((t.shape, t.colour, t.size, t.texture) for t in self.things)
         return (*told, self.relations)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "things": [
-                {
-                    "shape": t.shape,
-                    "colour": t.colour,
-                    "size": t.size,
-                    "texture": t.texture,
-                    "cell": list(t.cell),
-                }
-                for t in self.things
-            ],
-            "relations": list(self.relations),
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scene:
-        things = tuple(
-            Thing(t["shape"], t["colour"], t["size"], t["texture"], (t["cell"][0], t["cell"][1]))
-            for t in data["things"]
-        )
+        things = tuple(Thing(**{**t, "cell": tuple(t["cell"])}) for t in data["things"])
         return cls(things, tuple(data["relations"]))
 
 
@@ -131,7 +116,7 @@ def _place(rng: random.Random, things: int) -> tuple[list[tuple[int, int]], tupl
 
 
 def overlap(rows: list[Scene], columns: list[Scene]) -> NDArray[np.float32]:
-    """How much of one scene the other shares, (len(rows), len(columns)), in [0, 1].
+    """Share of one scene's facts that the other has, (len(rows), len(columns)), in [0, 1].
 
     Things are matched one to one so that most facts agree: four attributes a thing, and each
     relation between matched things. The count is divided by the facts of the richer scene.
@@ -159,7 +144,7 @@ class _Encoded:
     things: NDArray[np.int8]
     """(N, 3, 4)"""
     relations: NDArray[np.int8]
-    """(N, 3, 3), of thing i to thing j"""
+    """(N, 3, 3), thing i's to thing j"""
     facts: NDArray[np.float32]
     """(N,)"""
 

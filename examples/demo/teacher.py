@@ -1,4 +1,4 @@
-"""The demo's teacher: a small DINOv3 whose features examples/cc3m/extract_dinov3.py writes."""
+"""The demo's teacher: a small DINOv3 whose features `examples.cc3m.extract_dinov3` writes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from examples.cc3m.features import FeatureReader
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Which teacher, as examples/cc3m/extract_dinov3.py takes it.
+    """Which teacher, as `examples.cc3m.extract_dinov3` takes it.
 
     Args:
         model, options: name in timm or transformers, and arguments of its library.
-        random_weights: of that architecture, so that nothing is downloaded; else its own.
-        dim: of the PCA.
+        random_weights: draw the weights, so that nothing is downloaded, instead of loading them.
+        dim: width of the features after PCA.
     """
 
     model: str = "vit_small_patch16_dinov3"
@@ -32,13 +32,13 @@ class TeacherSettings:
 
 def extract_features(
     settings: TeacherSettings, shards: Sequence[str], resolution: int, *, fresh: bool
-) -> FeatureReader:
-    """Features of all images of the shards, beside them; what is there already stays.
+) -> Path:
+    """Write features of all images of the shards into a folder beside them, and return it.
 
     Args:
         settings: the teacher.
-        shards: image shards of one folder.
-        resolution: of the images, as the towers see them.
+        shards: image shards of one folder; what is there already stays.
+        resolution: width and height of the images, as the towers see them.
         fresh: throw away features of other settings.
 
     Raises:
@@ -49,11 +49,12 @@ def extract_features(
     command += ["--device", "cpu", "--batch-size", "128", "--workers", "2"]
     command += ["--random-weights"] * settings.random_weights + ["--fresh"] * fresh
     extract(parse(command))
-    return FeatureReader(Path(shards[0]).parent / "features", resolution=resolution)
+    return Path(shards[0]).parent / "features"
 
 
-def describe(manifest: dict[str, Any]) -> str:
+def describe(folder: Path) -> str:
     """A sentence or two for the report: whose features, and what may be expected of them."""
+    manifest = FeatureReader(folder).manifest
     options = f" {json.dumps(manifest['model_options'])}" if manifest["model_options"] else ""
     height, width = manifest["grid"]
     text = (
@@ -63,7 +64,7 @@ def describe(manifest: dict[str, Any]) -> str:
     if not manifest["random_weights"]:
         return f"{text}, with its trained weights."
     return (
-        f"{text}, with RANDOM weights: its features carry no semantics. What its row gains comes "
-        "from the student itself, a second small network in each tower, not from what a trained "
-        "DINOv3 knows. `--teacher NAME` takes one whose weights are at hand."
+        f"{text}, with RANDOM weights: its features carry no semantics, and nothing of its row "
+        "comes from knowledge of a trained DINOv3. `--teacher NAME` takes one whose weights are "
+        "at hand."
     )

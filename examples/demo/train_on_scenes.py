@@ -11,7 +11,6 @@ beside the run's folder once; every other option goes to `examples.cc3m.train`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,7 @@ from examples.cc3m import train
 from examples.cc3m.files import UserError, replaced_directory
 from examples.cc3m.models import model_config
 from examples.cc3m.recipe import load_recipe
-from examples.cc3m.shards import Failures, decode_image, read_shard
-from examples.demo.scene_shards import SceneSettings, prepare_scenes
-from examples.demo.scenes import Scene
+from examples.demo.scene_shards import SceneSettings, prepare_scenes, read_pictures, shard_range
 from examples.demo.teacher import TeacherSettings, extract_features
 
 SHORT = (
@@ -53,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(count: int, model: str, recipe: str, out: Path) -> list[str]:
-    """Make what is not there yet, in one process of several; the script's options for it.
+    """Make the data that are not there yet; return the script's options for them.
+
+    One of several processes makes them, the others wait.
 
     Args:
         count: training scenes; an eighth of it is held out, and an eighth are single things.
@@ -65,26 +64,19 @@ def prepare(count: int, model: str, recipe: str, out: Path) -> list[str]:
         UserError: there is no such model or recipe, or something else is in the data's folder.
     """
     folder = out.parent / f"{out.name}-data"
-    size = model_config(model)["vision_cfg"]["image_size"]
+    size, eighth = model_config(model)["vision_cfg"]["image_size"], max(1, count // 8)
     distils = load_recipe(recipe).distillation is not None
-    eighth = max(1, count // 8)
-    scenes = SceneSettings(
-        image_size=size, train=count, heldout=eighth, probe=eighth, per_shard=eighth
-    )
+    scenes = SceneSettings(0, size, count, heldout=eighth, probe=eighth, per_shard=eighth)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         shards = prepare_scenes(scenes, folder)
         _write_folders(shards["probe"], folder / "shapes")
+        options = ["--data", shard_range(shards["train"])]
         if distils:
-            extract_features(TeacherSettings(), shards["train"], size, fresh=False)
-    options = ["--data", _spec(shards["train"]), "--evaluation.pairs", _spec(shards["heldout"])]
-    options += ["--evaluation.images", str(folder / "shapes")]
-    return options + ["--features", str(folder / "train" / "features")] * distils
-
-
-def _spec(shards: list[str]) -> str:
-    first, last = Path(shards[0]), Path(shards[-1])
-    return str(first.with_name(f"{{{first.stem}..{last.stem}}}.tar"))
+            made = extract_features(TeacherSettings(), shards["train"], size, fresh=False)
+            options += ["--features", str(made)]
+    options += ["--evaluation.pairs", shard_range(shards["heldout"])]
+    return [*options, "--evaluation.images", str(folder / "shapes")]
 
 
 def _write_folders(shards: list[str], folder: Path) -> None:
@@ -92,12 +84,10 @@ def _write_folders(shards: list[str], folder: Path) -> None:
     if folder.exists():
         return
     with replaced_directory(folder) as fresh:
-        for shard in shards:
-            for sample in read_shard(shard, Failures()):
-                scene = Scene.from_json(json.loads(sample["json"])["scene"])
-                place = fresh / scene.things[0].shape
-                place.mkdir(exist_ok=True)
-                decode_image(sample).save(place / f"{sample['__key__']}.png")
+        for picture in read_pictures(shards):
+            place = fresh / picture.scene.things[0].shape
+            place.mkdir(exist_ok=True)
+            picture.image.save(place / f"{picture.key}.png")
 
 
 if __name__ == "__main__":

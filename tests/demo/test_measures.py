@@ -16,17 +16,9 @@ from examples.cc3m.evaluation import (
     spearman,
     zero_shot_hits,
 )
-from examples.demo.results import (
-    Metric,
-    Outcomes,
-    difference,
-    mean_and_spread,
-    measure,
-    metrics,
-    sentences,
-)
+from examples.demo.measures import Metric, Outcomes, difference, mean_and_spread, measure, metrics
+from examples.demo.report import TrainedRow, report_text, results_json
 from examples.demo.scenes import ALL_PAIRS, ATTRIBUTES, Scene, overlap, sample_scene
-from examples.demo.timing import time_steps
 
 
 def test_ranks_of_matches() -> None:
@@ -130,7 +122,7 @@ def oracle_features(heldout: list[Scene], probe: list[Scene]) -> dict[str, Tenso
 def test_a_model_that_knows_everything_scores_everything() -> None:
     heldout, probe = held_out(0)
     outcomes = measure(oracle_features(heldout, probe), heldout, probe)
-    assert set(outcomes) == {metric.key for metric in metrics(20, 30)}
+    assert set(outcomes) == {metric.key for metric in metrics(20)}
     for key, values in outcomes.items():
         if key not in ("gap", "correlation"):
             assert values.mean() == 1, key
@@ -147,33 +139,40 @@ def test_relevance_itself_has_a_perfect_correlation() -> None:
     assert measure(features, heldout, probe)["correlation"].tolist() == pytest.approx([1.0] * 20)
 
 
-def one(value: Tensor) -> Outcomes:
-    return {"x": value, "y": value}
+def row(label: str, seeds: list[Tensor]) -> TrainedRow:
+    outcomes: list[Outcomes] = [{"x": value, "y": value} for value in seeds]
+    history = [{"loss": [2.0, 1.0]} for _ in seeds]
+    return TrainedRow(label, outcomes, [0.1, 0.2, 0.9], history, 1_230_000)
 
 
-def test_the_sentences_say_whether_it_helped() -> None:
-    rows = [Metric("x", "recall (%)", 0.1, compared=True), Metric("y", "other", compared=False)]
-    base = one(torch.zeros(100))
-    better = sentences(
-        "ours", [one(torch.ones(100).index_fill(0, torch.arange(3), 0))], [base], rows
-    )
-    assert better == "ours vs CLIP: +97.0 ± 3.4 recall. Helped: recall."
-    alike = torch.zeros(100).index_fill(0, torch.arange(2), 1.0)
-    same = sentences("ours", [one(alike)], [base], rows)
-    assert same.endswith("No clear difference: recall. It did not help at this size.")
-    worse = sentences("ours", [base], [one(torch.ones(100))], rows)
-    assert worse.endswith("Hurt: recall. It did not help at this size.")
+def ones_but(zeros: int) -> Tensor:
+    return torch.ones(100).index_fill(0, torch.arange(zeros), 0)
 
 
-def test_steps_are_timed_in_turns() -> None:
-    order: list[str] = []
+METRICS = [Metric("x", "recall (%)", 0.1, compared=True), Metric("y", "other")]
 
-    def step(name: str, seconds: list[float]) -> dict[str, Tensor]:
-        order.append(name)
-        return {"seconds": torch.tensor(seconds.pop(0)), "cpu_seconds": torch.tensor(2.0)}
 
-    cost = {"a": [99.0, 1.0, 2.0, 3.0], "b": [99.0, 5.0, 5.0, 5.0]}
-    times = time_steps({name: lambda name=name: step(name, cost[name]) for name in cost}, rounds=3)  # type: ignore[misc]
-    assert order == ["a", "b"] * 4
-    assert (times["a"].median, times["a"].quartiles) == (2.0, (1.5, 2.5))
-    assert (times["b"].median, times["b"].cpu) == (5.0, 2.0)
+def test_the_report_tells_differences_and_no_verdict() -> None:
+    text = report_text(METRICS, [row("CLIP", [torch.zeros(100)]), row("ours", [ones_but(3)])], [])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["recall (%)", "10.0", "0.0", "97.0"] in table
+    assert ["CPU seconds per step", "", "0.200", "0.200"] in table
+    assert "- ours minus CLIP: +97.0 ± 3.4 recall." in text
+    assert "One seed proves nothing" in text
+    for verdict in ("helped", "hurt", "better", "worse", "improve"):
+        assert verdict not in text.lower()
+
+
+def test_several_seeds_are_compared_with_each_other() -> None:
+    base = row("CLIP", [torch.zeros(100), ones_but(90)])
+    rows = [base, row("ours", [ones_but(50), ones_but(60)])]
+    text = report_text(METRICS, rows, ["a note"])
+    assert "over 2 seeds" in text
+    assert "One seed" not in text
+    assert "45.0 ± 7.1" in text
+    assert "ours minus CLIP: +40.0 ± 20.0 recall." in text
+    assert text.endswith("- a note\n")
+    data = results_json(METRICS, rows, {"a": 1})
+    assert data["models"]["ours"]["metrics"]["x"] == pytest.approx([0.5, 0.4])
+    assert data["models"]["ours"]["parameters"] == 1_230_000
+    assert data["chance"] == {"x": 0.1, "y": None}

@@ -1,15 +1,18 @@
-"""From features to numbers: outcomes of each held-out example, their means, and what differs."""
+"""From a trained model to numbers: outcomes of each held-out example, and their means."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from examples.cc3m.evaluation import (
+    class_embeddings,
+    encode,
     match_ranks,
     mean_and_error,
     modality_gap,
@@ -17,6 +20,8 @@ from examples.cc3m.evaluation import (
     spearman,
     zero_shot_hits,
 )
+from examples.demo.captions import class_words, prompts
+from examples.demo.scene_shards import read_pictures
 from examples.demo.scenes import ALL_PAIRS, ATTRIBUTES, UNSEEN_PAIRS, Scene, overlap
 
 Outcomes = dict[str, Tensor]
@@ -25,14 +30,13 @@ Outcomes = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is called and read."""
+    """A number's name and reading; `compared`: the sentences below the table speak of it."""
 
     key: str
     label: str
     chance: float | None = None
     percent: bool = True
     compared: bool = False
-    """Whether the sentences below the table speak of it."""
 
     def show(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
@@ -42,8 +46,8 @@ class Metric:
         return f"{scale * value:+.{digits}f} ± {scale * 2 * error:.{digits}f}"
 
 
-def metrics(heldout: int, probe: int) -> list[Metric]:
-    """The table's rows, for splits of these sizes."""
+def metrics(heldout: int) -> list[Metric]:
+    """The table's rows, for so many held-out scenes."""
     recalls = [
         Metric(f"{way}_r{k}", f"{label} R@{k} (%)", min(1.0, k / heldout), compared=k == 1)
         for way, label in (("i2t", "image to text"), ("t2i", "text to image"))
@@ -53,19 +57,58 @@ def metrics(heldout: int, probe: int) -> list[Metric]:
         Metric(f"zs_{name}", f"zero-shot {name} (%)", 1 / len(values))
         for name, values in ATTRIBUTES.items()
     ]
+    mean = sum(1 / len(values) for values in ATTRIBUTES.values()) / len(ATTRIBUTES)
+    pair = 1 / len(ALL_PAIRS)
     return [
         *recalls,
         Metric("correlation", "graded rank correlation", 0.0, percent=False, compared=True),
         *zero_shot,
-        Metric("zs_mean", "zero-shot mean of the four (%)", _mean_chance(), compared=True),
-        Metric("zs_seen", "zero-shot colour + shape, seen pairs (%)", 1 / len(ALL_PAIRS)),
-        Metric("zs_unseen", "zero-shot colour + shape, unseen pairs (%)", 1 / len(ALL_PAIRS)),
+        Metric("zs_mean", "zero-shot mean of the four (%)", mean, compared=True),
+        Metric("zs_seen", "zero-shot colour + shape, seen pairs (%)", pair),
+        Metric("zs_unseen", "zero-shot colour + shape, unseen pairs (%)", pair),
         Metric("gap", "modality gap", percent=False),
     ]
 
 
-def _mean_chance() -> float:
-    return sum(1 / len(values) for values in ATTRIBUTES.values()) / len(ATTRIBUTES)
+@dataclass(frozen=True)
+class Split:
+    """An evaluation split in memory: images (N, 3, H, W), tokens of captions (N, L), scenes."""
+
+    images: Tensor
+    texts: Tensor
+    scenes: list[Scene]
+
+
+def read_split(
+    shards: Sequence[str],
+    transform: Callable[[Image.Image], Tensor],
+    tokenize: Callable[[list[str]], Tensor],
+) -> Split:
+    pictures = list(read_pictures(shards))
+    images = torch.stack([transform(picture.image) for picture in pictures])
+    texts = tokenize([picture.caption for picture in pictures])
+    return Split(images, texts, [picture.scene for picture in pictures])
+
+
+def encode_splits(
+    model: Any, heldout: Split, probe: Split, tokenize: Callable[[list[str]], Tensor]
+) -> dict[str, Tensor]:
+    """Features of both splits, and zero-shot classifiers, by the names `measure` wants.
+
+    `model` has encode_image and encode_text, as open_clip's do.
+    """
+    images, texts = encode(model, heldout.images, heldout.texts)
+    probe_images, _ = encode(model, probe.images, probe.texts)
+    features = {"heldout_images": images, "heldout_texts": texts, "probe_images": probe_images}
+    names = {
+        attribute: [class_words(attribute, value) for value in values]
+        for attribute, values in ATTRIBUTES.items()
+    }
+    names["pair"] = [f"{colour} {shape}" for colour, shape in ALL_PAIRS]
+    for attribute, words in names.items():
+        classes = [prompts(each) for each in words]
+        features[f"classes_{attribute}"] = class_embeddings(model, tokenize, classes)
+    return features
 
 
 def measure(features: dict[str, Tensor], heldout: list[Scene], probe: list[Scene]) -> Outcomes:
@@ -83,9 +126,8 @@ def measure(features: dict[str, Tensor], heldout: list[Scene], probe: list[Scene
     for way, scores in (("i2t", similarity), ("t2i", similarity.T)):
         ranks = match_ranks(scores)
         outcomes |= {f"{way}_r{k}": recall_at(ranks, k).double() for k in (1, 5, 10)}
-    outcomes["correlation"] = (
-        spearman(similarity, relevance) + spearman(similarity.T, relevance)
-    ) / 2
+    correlations = spearman(similarity, relevance) + spearman(similarity.T, relevance)
+    outcomes["correlation"] = correlations / 2
     return outcomes | _zero_shot(features, probe)
 
 
@@ -118,30 +160,3 @@ def difference(ours: Sequence[Tensor], base: Sequence[Tensor]) -> tuple[float, f
     if len(paired) == 1:
         return mean_and_error(paired[0])
     return mean_and_error(torch.stack([x.mean() for x in paired]))
-
-
-def sentences(label: str, ours: list[Outcomes], base: list[Outcomes], rows: list[Metric]) -> str:
-    """One line: how a model differs from CLIP, and whether it helped."""
-    parts: list[str] = []
-    verdicts: dict[str, list[str]] = {"helped": [], "hurt": [], "no clear difference": []}
-    for metric in (row for row in rows if row.compared):
-        value, error = difference([x[metric.key] for x in ours], [x[metric.key] for x in base])
-        name = metric.label.removesuffix(" (%)")
-        parts.append(f"{metric.show_difference(value, error)} {name}")
-        verdicts[_verdict(value, error)].append(name)
-    line = f"{label} vs CLIP: {'; '.join(parts)}."
-    if verdicts["helped"]:
-        line += f" Helped: {', '.join(verdicts['helped'])}."
-    if verdicts["hurt"]:
-        line += f" Hurt: {', '.join(verdicts['hurt'])}."
-    if verdicts["no clear difference"]:
-        line += f" No clear difference: {', '.join(verdicts['no clear difference'])}."
-    if not verdicts["helped"]:
-        line += " It did not help at this size."
-    return line
-
-
-def _verdict(value: float, error: float) -> str:
-    if math.isnan(error) or abs(value) <= 2 * error:
-        return "no clear difference"
-    return "helped" if value > 0 else "hurt"
