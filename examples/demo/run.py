@@ -122,7 +122,7 @@ class Demo:
         self.started = time.perf_counter()
         config = model_config(MODEL)
         self.tokenize = build_tokenizer(config)
-        self.shards = prepare_scenes(settings.scenes, out / "data")
+        self.shards = prepare_scenes(settings.scenes, (out / "data").resolve())
         self._say(f"{sum(map(len, self.shards.values()))} shards of scenes in {out / 'data'}")
         transform = build_transform(config, train=False)
         self.heldout, self.probe = (
