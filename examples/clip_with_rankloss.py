@@ -76,7 +76,7 @@ def main(order: int = 3, steps: int = 100) -> float:
     with torch.no_grad():
         image_features, text_features, _ = model(*all_pairs())
     recall = recall_at_1(image_features, text_features)
-    print(f"order {order}: {recall:.0%} of 216 held-out images find their caption")
+    print(f"order {order}: {recall:.0%} of 216 new images find their caption")
     return recall
 
 

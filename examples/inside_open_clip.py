@@ -10,6 +10,7 @@ the loss has trained heads, so it has to live inside the model.
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import open_clip
 import torch
@@ -48,7 +49,7 @@ class TrainingStep(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         attach(model, HighOrderPLLoss(embed_dim=64, order=3))  # as model.rank_loss
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
