@@ -26,6 +26,15 @@ def test_ranking_without_clip() -> None:
     assert after > 0.85
 
 
+def test_cached_features_give_the_large_batchs_gradient_and_averaged_parts_do_not() -> None:
+    from examples.large_batches import main
+
+    found = main(steps=4)
+    assert found["cached"] < 1e-4
+    assert found["averaged"] > 0.05
+    assert found["recall"] > 0.5
+
+
 def test_the_whole_method_survives_saving() -> None:
     from examples.distil_and_inject import main
 

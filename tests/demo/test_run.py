@@ -24,7 +24,7 @@ from examples.demo.teacher import TeacherSettings, describe, extract_features
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = FAST.training.epochs * (FAST.scenes.train // FAST.training.batch_size)
-KILLED_AT = STEPS + 4  # counted over all rows: in the second one
+KILLED_AT = STEPS + 3  # counted over all rows: in the second one, after its first checkpoint
 STOPPED_AT = 3  # of the last row
 LABELS = [load_recipe(name).label for name in RECIPES]
 
@@ -194,5 +194,5 @@ def test_a_teacher_with_weights_is_named_as_such(tmp_path: Path) -> None:
     assert "RANDOM" not in text
     assert "4 x 4 patches of 2 dimensions" in text
     assert "with its trained weights" in text
-    with pytest.raises(UserError, match=r"random_weights: False -> True.*--fresh"):
+    with pytest.raises(UserError, match=r"model: .*--fresh"):
         extract_features(FAST.teacher, shards, scenes.image_size, fresh=False)
