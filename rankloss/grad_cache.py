@@ -37,7 +37,8 @@ class GradCache:
             whose sum is the loss.
         modules: modules under DDP or FSDP2 that `encode` uses; None takes `encode` itself if it is
             a module. Parameters of the loss must belong to one of them, to be equal on all
-            processes.
+            processes; under FSDP2 the loss must be a unit of its own, or be called through the
+            forward of the module it belongs to.
         shared: names of outputs that are not one row a sample.
         autocast: makes the context that `encode` and `loss` run in, e.g.
             `partial(torch.autocast, "cuda", torch.bfloat16)`; the backward pass runs outside.
@@ -95,9 +96,10 @@ class GradCache:
             return value
         cached, states = self._cache(parts)
         leaves = {name: self._joined(name, cached) for name in cached[0]}
-        value, total = self._evaluate({**leaves, **loss_arguments})
-        own = self._parameters_to_announce(total)
-        total.backward()  # type: ignore[no-untyped-call]
+        with _without_sync(self._parallel()):  # the loss may be called through one of them
+            value, total = self._evaluate({**leaves, **loss_arguments})
+            own = self._parameters_to_announce(total)
+            total.backward()  # type: ignore[no-untyped-call]
         gradients = self._gradients_by_part(leaves, cached)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -167,12 +169,15 @@ class GradCache:
                 part[name] = gradient
         return parts
 
+    def _parallel(self) -> list[DistributedDataParallel]:
+        return [m for m in self.modules if isinstance(m, DistributedDataParallel)]
+
     def _parameters_to_announce(self, total: Tensor) -> list[Tensor]:
         """Parameters in DDP modules that the loss itself uses.
 
         DDP shares gradients in the last part's backward pass, once every parameter had its turn.
         """
-        parallel = [m for m in self.modules if isinstance(m, DistributedDataParallel)]
+        parallel = self._parallel()
         if not parallel:
             return []
         used = _leaves_of(total)

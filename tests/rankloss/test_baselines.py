@@ -150,6 +150,31 @@ def test_gradients(name: str) -> None:
 
 
 @each_baseline
+def test_accumulation_with_cached_features(name: str) -> None:
+    """Three calls with all features, each with gradient to a third of them, make one step."""
+    image, text = features(9)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    value, *expected = value_and_gradients(LOSSES[name](), image, text, scale, bias)
+    loss, totals = LOSSES[name](accum_freq=3), [torch.zeros_like(x) for x in expected]
+    for fresh in range(3):
+        parts = [
+            torch.cat([y if i == fresh else y.detach() for i, y in enumerate(x.chunk(3))])
+            for x in (image, text)
+        ]
+        again = loss(*parts, scale, bias)
+        torch.testing.assert_close(again.detach(), value)
+        for total, x in zip(
+            totals, torch.autograd.grad(again, (image, text, scale, bias)), strict=True
+        ):
+            total += x
+    for total, x in zip(totals, expected, strict=True):
+        torch.testing.assert_close(total, x)
+    with pytest.raises(ValueError, match="accum_freq must be at least 1, got 0"):
+        LOSSES[name](accum_freq=0)
+
+
+@each_baseline
 def test_parts_sum_to_the_loss(name: str) -> None:
     image, text = features(9)
     parts = LOSSES[name]()(image, text, 10.0, -10.0, output_dict=True)

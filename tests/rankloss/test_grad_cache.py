@@ -197,9 +197,20 @@ def local_parts(sizes: list[int]) -> list[Part]:
     return [dict(zip(whole, column, strict=True)) for column in columns]
 
 
-def in_parallel(sizes: list[int], steps: int) -> tuple[list[dict[str, Tensor]], list[int]]:
+class Everything(Model):
+    """A model whose loss is called through its forward."""
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        if "image_features" in inputs:
+            return self.loss(**inputs)
+        return super().forward(**inputs)
+
+
+def in_parallel(
+    sizes: list[int], steps: int, through_the_model: bool
+) -> tuple[list[dict[str, Tensor]], list[int]]:
     """Gradients of some steps under DDP, and the number of all-reduces in each."""
-    model, reduced, counts, results = Model(), [0], [], []
+    model, reduced, counts, results = Everything(), [0], [], []
 
     def count(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         reduced[0] += 1
@@ -208,7 +219,8 @@ def in_parallel(sizes: list[int], steps: int) -> tuple[list[dict[str, Tensor]], 
 
     parallel = DistributedDataParallel(model)
     parallel.register_comm_hook(None, count)
-    step = GradCache(lambda part: parallel(**part), model.loss, modules=[parallel])
+    loss = parallel if through_the_model else model.loss
+    step = GradCache(lambda part: parallel(**part), loss, modules=[parallel])
     for _ in range(steps):
         model.zero_grad()
         step(local_parts(sizes))
@@ -218,10 +230,13 @@ def in_parallel(sizes: list[int], steps: int) -> tuple[list[dict[str, Tensor]], 
     return results, counts
 
 
+@pytest.mark.parametrize("through_the_model", [False, True])
 @pytest.mark.parametrize("sizes", [[6], [2, 4], [2, 1, 1, 2]], ids=str)
-def test_two_processes_share_gradients_once(two: ProcessGroup, sizes: list[int]) -> None:
+def test_two_processes_share_gradients_once(
+    two: ProcessGroup, sizes: list[int], through_the_model: bool
+) -> None:
     _, expected = at_once(Model(), make_parts([6, 6]))
-    for results, counts in two.run(in_parallel, sizes, 3):
+    for results, counts in two.run(in_parallel, sizes, 3, through_the_model):
         for gradients in results:
             assert_same(gradients, expected)
         assert counts == [1, 1, 1]
