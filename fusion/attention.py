@@ -22,6 +22,11 @@ class ChannelSpatialAttention(nn.Module):
 
     Raises:
         ValueError: a size is not positive, or kernel_size is even.
+
+    Example:
+        >>> layer = ChannelSpatialAttention(256)
+        >>> layer(torch.randn(2, 7, 256)).shape
+        torch.Size([2, 7, 256])
     """
 
     def __init__(self, dim: int, reduction: int = 16, kernel_size: int = 7) -> None:

@@ -1,4 +1,4 @@
-"""What identifies a set of tensors: a hash of their names, types, shapes and values."""
+"""A hash of tensors' names, types, shapes and values, which identifies them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 in hexadecimal, the same on every device and in whatever order tensors come."""
+    """Compute SHA-256 in hexadecimal, the same on every device and for every order of tensors."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

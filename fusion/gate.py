@@ -1,4 +1,4 @@
-"""The conflict-aware gate: how much of a residual an embedding lets in, and in which direction."""
+"""The conflict-aware gate: the share of a residual that an embedding lets in, and its direction."""
 
 from typing import Any
 
@@ -21,6 +21,12 @@ class ConflictAwareGate(nn.Module):
 
     Raises:
         ValueError: a size is not positive.
+
+    Example:
+        >>> gate = ConflictAwareGate(512)
+        >>> z, r = F.normalize(torch.randn(4, 512), dim=1), torch.randn(4, 512)
+        >>> bool(((gate(z, r) > 0) & (gate(z, r) < 1)).all())
+        True
     """
 
     def __init__(self, dim: int, hidden: int | None = None) -> None:
@@ -50,7 +56,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def tangent(x: Tensor, z: Tensor) -> Tensor:
-    """P_z x = x - <x, z> z: the part of x (B, D) that moves the unit vectors z (B, D)."""
+    """Project x (B, D) to what moves the unit vectors z (B, D): P_z x = x - <x, z> z."""
     return x - (x * z).sum(1, keepdim=True) * z
 
 

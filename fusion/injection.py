@@ -17,12 +17,18 @@ from rankloss.fusion.refiner import SelfAttentionRefiner
 
 
 class FusionOutput(NamedTuple):
-    """What a fusion block returns.
+    """Embeddings after an injection, and the gate that let it in.
 
     Attributes:
-        embedding: (B, D) unit-norm.
+        embedding: (B, D) unit-norm, float32 at least.
         gate: (B, D) in (0, 1), whose mean absolute value is the gate penalty; None without gate,
             and then there is no penalty.
+
+    Example:
+        >>> z = F.normalize(torch.randn(2, 4), dim=1)
+        >>> output = MultiScaleFusion(4, 8)(z, torch.randn(2, 5, 8))
+        >>> output.embedding.shape, output.gate.shape
+        (torch.Size([2, 4]), torch.Size([2, 4]))
     """
 
     embedding: Tensor
@@ -31,13 +37,19 @@ class FusionOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class FusionStages:
-    """Which stages a fusion block has; the study's variants are values of this.
+    """Choice of the stages of a fusion block; the study's variants are values of this.
 
     Attributes:
-        levels: bins of the pyramid, or None to keep all tokens.
-        attention: channel-spatial attention.
-        refiner: self-attention refiner.
-        gate: conflict-aware gate and conflict projection, else a plain residual.
+        levels: bins of the pyramid, (1, 2, 4) by default, or None to keep all tokens.
+        attention: include channel-spatial attention.
+        refiner: include the self-attention refiner.
+        gate: include the conflict-aware gate and the conflict projection; False adds a plain
+            residual.
+
+    Example:
+        >>> stages = FusionStages(levels=(1, 4), refiner=False)
+        >>> MultiScaleFusion(512, 256, stages=stages).refiner is None
+        True
     """
 
     levels: tuple[int, ...] | None = (1, 2, 4)
@@ -60,10 +72,19 @@ class MultiScaleFusion(nn.Module):
     Args:
         embed_dim: D, width of the embedding.
         feature_dim: C, width of the token features, a multiple of 4 with the refiner.
-        stages: which stages there are.
+        stages: stages to include; by default all.
 
     Raises:
         ValueError: a size does not fit a stage.
+
+    Example:
+        >>> block = MultiScaleFusion(embed_dim=512, feature_dim=256)
+        >>> image, text = F.normalize(torch.randn(2, 4, 512), dim=2)
+        >>> tokens = torch.randn(4, 49, 256)
+        >>> training = block(image, tokens, partner=text)
+        >>> alone = block(image, tokens)
+        >>> torch.allclose(alone.embedding, image, atol=1e-6)  # nothing moves at the start
+        True
     """
 
     def __init__(
@@ -149,7 +170,7 @@ class MultiScaleFusion(nn.Module):
                 )
 
     def residual(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """r, (B, embed_dim), from tokens (B, L, feature_dim)."""
+        """Compute the residual r, (B, embed_dim), from tokens (B, L, feature_dim)."""
         tokens = features
         if self.pyramid is not None:
             tokens, mask = self.pyramid(tokens, mask), None
@@ -162,7 +183,16 @@ class MultiScaleFusion(nn.Module):
 
 
 class DualFusion(NamedTuple):
-    """What both towers' fusion returns: image and text, each None where there is none."""
+    """Outputs of both towers' fusion blocks.
+
+    Attributes:
+        image, text: `FusionOutput`, or None where there is no block or were no features.
+
+    Example:
+        >>> z = F.normalize(torch.randn(2, 4), dim=1)
+        >>> Injection(4, 8, text=False)(z, z, torch.randn(2, 5, 8)).text is None
+        True
+    """
 
     image: FusionOutput | None
     text: FusionOutput | None
@@ -173,8 +203,18 @@ class Injection(nn.Module):
 
     Args:
         embed_dim, feature_dim: as in `MultiScaleFusion`.
-        stages: of both blocks.
-        image, text: whether that tower has a block; image only is a supported configuration.
+        stages: stages of both blocks.
+        image, text: give that tower a block; image only is a supported configuration.
+
+    Example:
+        >>> injection = Injection(embed_dim=512, feature_dim=256)
+        >>> image, text = F.normalize(torch.randn(2, 4, 512), dim=2)
+        >>> patches, words = torch.randn(4, 49, 256), torch.randn(4, 12, 256)
+        >>> fused = injection(image, text, patches, words)
+        >>> fused.image.embedding.shape
+        torch.Size([4, 512])
+        >>> injection.text(text, words).embedding.shape  # a tower alone
+        torch.Size([4, 512])
     """
 
     def __init__(
@@ -200,8 +240,15 @@ class Injection(nn.Module):
     ) -> DualFusion:
         """Inject each tower's features, with the other tower's embedding as partner.
 
-        A tower without a block or without features is left out of the result. At inference, call
-        `image` or `text` alone.
+        At inference, call `image` or `text` alone.
+
+        Args:
+            image_embedding, text_embedding: (B, D) unit-norm.
+            image_features, text_features: (B, L, feature_dim) tokens; None leaves that tower out.
+            text_mask: (B, L) bool, False for padding.
+
+        Raises:
+            ValueError, TypeError: as `MultiScaleFusion`.
         """
         image = text = None
         if self.image is not None and image_features is not None:
@@ -213,14 +260,26 @@ class Injection(nn.Module):
 
 @dataclass(frozen=True)
 class FusionVariant:
-    """A configuration of `Injection`: the stages of its blocks, and which towers have one."""
+    """A configuration of `Injection`: the stages of its blocks, and the towers that have one.
+
+    Attributes:
+        stages: stages of both blocks.
+        image, text: give that tower a block.
+
+    Example:
+        >>> injection = FusionVariant(FusionStages(gate=False), text=False).build(512, 256)
+        >>> injection.text is None
+        True
+        >>> list(FUSION_VARIANTS)
+        ['none', 'pyramid', 'pyramid-attention', 'image-only', 'plain-residual', 'full']
+    """
 
     stages: FusionStages = FusionStages()
     image: bool = True
     text: bool = True
 
     def build(self, embed_dim: int, feature_dim: int = 256) -> Injection:
-        """The modules of this variant."""
+        """Build the modules of this variant."""
         return Injection(
             embed_dim, feature_dim, stages=self.stages, image=self.image, text=self.text
         )

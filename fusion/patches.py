@@ -6,7 +6,7 @@ Grid = tuple[int, int]
 
 
 def patch_grid(operation: str, images: Tensor, patch_size: int) -> Grid:
-    """(height, width) in patches of images (B, 3, H, W).
+    """Compute (height, width) in patches of images (B, 3, H, W).
 
     Raises:
         ValueError: images have another shape, or a side is not a multiple of the patch size.

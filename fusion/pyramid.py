@@ -25,6 +25,11 @@ class SpatialPyramidPool1d(nn.Module):
 
     Raises:
         ValueError: no levels, a level < 1, or an unknown mode.
+
+    Example:
+        >>> tokens = torch.arange(4.0).reshape(1, 4, 1)
+        >>> SpatialPyramidPool1d((1, 2))(tokens).flatten()  # of all, of each half
+        tensor([1.5000, 0.5000, 2.5000])
     """
 
     def __init__(self, levels: tuple[int, ...] = (1, 2, 4), mode: PoolMode = "mean") -> None:
@@ -36,10 +41,10 @@ class SpatialPyramidPool1d(nn.Module):
         self.levels, self.mode = tuple(levels), mode
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, C) -> (B, sum(levels), C), same dtype.
+        """Pool tokens (B, L, C) into (B, sum(levels), C), same dtype.
 
-        With a mask (B, L), bins divide each sample's real tokens only, as if the others were not
-        in the sequence; a sample without real tokens pools to 0.
+        With a mask (B, L) bool, bins divide each sample's real tokens only, as if the others were
+        not in the sequence; a sample without real tokens pools to 0.
 
         Raises:
             ValueError, TypeError: shapes or dtypes do not fit.

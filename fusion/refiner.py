@@ -8,7 +8,7 @@ from rankloss.fusion.masks import check_tokens, hide_masked
 
 
 class SelfAttentionRefiner(nn.Module):
-    """x <- x + Attention(LayerNorm(x)); x <- x + MLP(LayerNorm(x)).
+    """A pre-norm Transformer block: x <- x + Attention(LayerNorm(x)); x <- x + MLP(LayerNorm(x)).
 
     Source: the pre-norm Transformer (Xiong et al. 2020); sizes are this project's choice.
 
@@ -19,6 +19,11 @@ class SelfAttentionRefiner(nn.Module):
 
     Raises:
         ValueError: dim is not a multiple of heads, or a size is not positive.
+
+    Example:
+        >>> layer = SelfAttentionRefiner(256)
+        >>> layer(torch.randn(2, 7, 256)).shape
+        torch.Size([2, 7, 256])
     """
 
     def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0) -> None:

@@ -11,13 +11,17 @@ from rankloss.fusion.patches import Grid, patch_grid
 
 
 class StudentTokens(NamedTuple):
-    """What a student returns; None for what it was not given.
+    """Tokens of a student; None for a modality that it was not given.
 
     Attributes:
         image: (B, h w, token_dim) patch tokens, in row-major order of the grid.
         grid: (h, w).
         text: (B, L, token_dim) tokens; 0 where text_mask is False.
         text_mask: (B, L) bool, True for real tokens.
+
+    Example:
+        >>> StudentTokens(image=torch.randn(2, 49, 256), grid=(7, 7)).text is None
+        True
     """
 
     image: Tensor | None = None
@@ -37,6 +41,11 @@ class ImageBranch(nn.Module):
 
     Raises:
         ImportError: timm is missing.
+
+    Example:
+        >>> tokens, grid = ImageBranch(256, depth=1)(torch.randn(1, 3, 224, 224))
+        >>> tokens.shape, grid
+        (torch.Size([1, 196, 256]), (14, 14))
     """
 
     def __init__(
@@ -53,10 +62,17 @@ class ImageBranch(nn.Module):
         self.to_tokens = nn.Linear(self.trunk.num_features, token_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, H, W) -> (B, h w, token_dim) and (h, w).
+        """Encode images as patch tokens.
+
+        Args:
+            images: (B, 3, H, W) floating.
+
+        Returns:
+            Tokens (B, h w, token_dim), and the grid (h, w).
 
         Raises:
             ValueError: H or W is not a multiple of the patch size.
+            TypeError: images are not floating point.
         """
         grid = patch_grid("DualBranchStudent", images, self.patch_size)
         tokens = self.trunk.forward_features(images)[:, self.trunk.num_prefix_tokens :]
@@ -68,10 +84,18 @@ class TextBranch(nn.Module):
 
     Args:
         token_dim: width of the tokens returned.
-        vocabulary, context_length: of the tokenizer; by default open_clip's.
-        end_token: what ends a text; what follows is padding. (Padding itself is 0 in open_clip's
-            tokenizer, but so is "!".)
-        width, depth, heads: of the Transformer (this project's choice).
+        vocabulary: number of the tokenizer's ids, by default open_clip's 49408.
+        context_length: most tokens of a text, 77 by default.
+        end_token: id that ends a text; all that follows is padding. (Padding itself is 0 in
+            open_clip's tokenizer, but so is "!".)
+        width, depth, heads: sizes of the Transformer (this project's choice).
+
+    Example:
+        >>> branch = TextBranch(256, depth=1)
+        >>> ids = torch.tensor([[49406, 320, 49407, 0], [49406, 320, 736, 49407]])
+        >>> tokens, mask = branch(ids)
+        >>> tokens.shape, mask.sum(1)
+        (torch.Size([2, 4, 256]), tensor([3, 4]))
     """
 
     def __init__(
@@ -99,7 +123,7 @@ class TextBranch(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """nn.TransformerEncoder copies one layer: give every copy weights of its own."""
+        """Give every layer weights of its own; nn.TransformerEncoder copies one layer."""
         for parameter in self.trunk.parameters():
             if parameter.dim() == 2:
                 nn.init.xavier_uniform_(parameter)
@@ -107,7 +131,7 @@ class TextBranch(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def mask(self, text_ids: Tensor) -> Tensor:
-        """(B, L) bool: True up to the first end token, and everywhere where there is none."""
+        """Mark real tokens, (B, L) bool: up to the first end token, or all where there is none."""
         ended = text_ids == self.end_token
         return (ended.cumsum(1) - ended.long()) == 0
 
@@ -145,8 +169,7 @@ class DualBranchStudent(nn.Module):
     text-aligned space. Their tokens are what `MultiScaleFusion` injects.
 
     Args:
-        image, text: which branches there are, at least one; image only is a supported
-            configuration.
+        image, text: include that branch, at least one; image only is a supported configuration.
         token_dim: width of both branches' tokens.
         image_size: as in `ImageBranch`.
         context_length: as in `TextBranch`.
@@ -155,6 +178,12 @@ class DualBranchStudent(nn.Module):
     Raises:
         ImportError: timm is missing (image branch only).
         ValueError: no branch.
+
+    Example:
+        >>> student = DualBranchStudent(image_options={"depth": 1}, text_options={"depth": 1})
+        >>> tokens = student(torch.randn(1, 3, 224, 224), torch.tensor([[49406, 320, 49407]]))
+        >>> tokens.image.shape, tokens.text.shape
+        (torch.Size([1, 196, 256]), torch.Size([1, 3, 256]))
     """
 
     def __init__(

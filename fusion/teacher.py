@@ -23,12 +23,17 @@ SATELLITE_STD = (0.213, 0.156, 0.143)
 
 
 class TeacherFeatures(NamedTuple):
-    """What the teacher says about B images, after its last LayerNorm.
+    """Tokens of the teacher for B images, after its last LayerNorm.
 
     Attributes:
         patches: (B, h w, D), in row-major order of the grid.
         cls: (B, D).
         grid: (h, w).
+
+    Example:
+        >>> features = TeacherFeatures(torch.randn(2, 49, 384), torch.randn(2, 384), (7, 7))
+        >>> features.patches.mean(1).shape
+        torch.Size([2, 384])
     """
 
     patches: Tensor
@@ -48,7 +53,8 @@ class Dinov3Teacher(nn.Module):
         model: a timm name ("vit_base_patch16_dinov3"), a transformers name or folder
             ("facebook/dinov3-vitb16-pretrain-lvd1689m"), or a model of either library.
         pretrained: load (and if need be download) weights; False leaves random ones.
-        library: where the name belongs; by default transformers if it has a slash.
+        library: "timm" or "transformers", where the name belongs; by default transformers if it
+            has a slash.
         input_mean, input_std: statistics the images were normalised with, by default CLIP's.
         mean, std: statistics the teacher was trained with, by default what the model says:
             ImageNet's, or for "sat493m" models those of satellite images.
@@ -62,6 +68,12 @@ class Dinov3Teacher(nn.Module):
     Raises:
         ImportError: the library is missing.
         ValueError: the model is no Vision Transformer.
+
+    Example:
+        >>> teacher = Dinov3Teacher("vit_small_patch16_dinov3", pretrained=False, depth=1)
+        >>> features = teacher(torch.randn(1, 3, 224, 224))  # normalised as for CLIP
+        >>> features.patches.shape, features.cls.shape, features.grid
+        (torch.Size([1, 196, 384]), torch.Size([1, 384]), (14, 14))
     """
 
     def __init__(
@@ -113,7 +125,7 @@ class Dinov3Teacher(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "Dinov3Teacher":
-        """Stays in evaluation mode, whatever the model around it does."""
+        """Stay in evaluation mode, whatever the model around it does."""
         return super().train(False)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -124,10 +136,14 @@ class Dinov3Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherFeatures:
-        """Features of images (B, 3, H, W), in the dtype of the teacher's weights (or autocast's).
+        """Compute features of images, in the dtype of the teacher's weights (or autocast's).
+
+        Args:
+            images: (B, 3, H, W) floating, normalised with input_mean and input_std.
 
         Raises:
             ValueError: H or W is not a multiple of the patch size; names the nearest that are.
+            TypeError: images are not floating point.
         """
         grid = patch_grid("Dinov3Teacher", images, self.patch_size)
         images = self.normalise(images).to(next(self.model.parameters()).dtype)
@@ -141,7 +157,7 @@ class Dinov3Teacher(nn.Module):
         return TeacherFeatures(tokens[:, self.prefix_tokens :], tokens[:, 0], grid)
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """(B, prefix + h w, D), normed."""
+        """Compute all tokens (B, prefix + h w, D), normed."""
         model: Any = self.model
         if hasattr(model, "forward_features"):
             tokens: Tensor = model.forward_features(images)
@@ -150,12 +166,12 @@ class Dinov3Teacher(nn.Module):
         return tokens
 
     def weights_hash(self) -> str:
-        """Identifies the weights, not the file or the library's version they came from."""
+        """Hash the weights, whatever file or version of the library they came from."""
         return digest(dict(self.model.named_parameters()))
 
 
 def _build_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """The network without a classifier, whose weights would only be random."""
+    """Build the network without a classifier, whose weights would only be random."""
     model: nn.Module = require("timm").create_model(
         name, pretrained=pretrained, **{"num_classes": 0, **options}
     )
@@ -177,7 +193,7 @@ _BUILDERS = {"timm": _build_timm, "transformers": _build_transformers}
 
 
 def _geometry(model: Any) -> tuple[int, int, int]:
-    """Width, patch size and number of prefix tokens of a model of either library."""
+    """Read width, patch size and number of prefix tokens of a model of either library."""
     config: Any = getattr(model, "config", None)
     if hasattr(model, "forward_features") and hasattr(model, "num_prefix_tokens"):
         return model.num_features, model.patch_embed.patch_size[0], model.num_prefix_tokens
@@ -191,7 +207,7 @@ def _geometry(model: Any) -> tuple[int, int, int]:
 
 
 def _statistics(model: Any) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the teacher's training images."""
+    """Read mean and standard deviation of the teacher's training images."""
     timm_config = getattr(model, "pretrained_cfg", None)
     if timm_config:
         return timm_config["mean"], timm_config["std"]

@@ -183,6 +183,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         text_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        local: bool = False,
     ) -> dict[str, Tensor]:
         """Compute the named and weighted loss terms of B pairs; their sum is to be minimised.
 
@@ -194,6 +195,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             teacher_grid: (height, width) with height x width = P; None means the student's grid.
             text_mask: (B, L) bool, True for real tokens; None asks the student's end token.
             image_ids, text_ids: (B,) integers, as in `HighOrderPLLoss`.
+            local: leave other processes out, as in `HighOrderPLLoss`.
 
         Returns:
             The terms of the loss and the distillation, and "gate_loss" if there is a gate; 0-D,
@@ -210,6 +212,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             teacher_grid=teacher_grid,
             image_ids=image_ids,
             text_ids=text_ids,
+            local=local,
         )
 
     def encode(
@@ -258,6 +261,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         teacher_grid: Grid | None = None,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        local: bool = False,
     ) -> dict[str, Tensor]:
         """Compute the terms of `forward` from what `encode` returned, of one batch or joined.
 
@@ -265,8 +269,10 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             ValueError: the student is distilled, and teacher_patches is None.
         """
         ids = {"image_ids": image_ids, "text_ids": text_ids}
-        given = {name: outputs[name] for name in OUTPUTS if name in outputs}
+        given: dict[str, Any] = {name: outputs[name] for name in OUTPUTS if name in outputs}
         given |= {name: value for name, value in ids.items() if value is not None}
+        if local:  # a loss that knows no processes need not know the argument
+            given["local"] = local
         terms: dict[str, Tensor] = dict(self.loss(**given, output_dict=True))
         if self.distillation is not None and self._distils():
             if teacher_patches is None:

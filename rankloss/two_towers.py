@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rankloss.fusion.optional import require
@@ -55,6 +56,7 @@ def encode_pairs(
     Raises:
         ValueError: the model returns something else.
     """
+    _check_images(images)
     if not _of_transformers(model):
         return _named(model, model(images, texts))
     hugging: Any = model
@@ -71,6 +73,7 @@ def encode_pairs(
 
 def encode_images(model: nn.Module, images: Tensor) -> Tensor:
     """Encode images (B, 3, H, W) as (B, D), not normalised."""
+    _check_images(images)
     tower: Any = model
     if _of_transformers(model):
         return _pooled(tower.get_image_features(pixel_values=images))
@@ -140,6 +143,14 @@ def build_model(architecture: Architecture) -> nn.Module:
     else:
         model = require("open_clip").CLIP(**settings)
     return model
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype == torch.uint8:
+        raise TypeError(
+            "DinoRankCLIP: images must be floating point, normalised as the model wants them, got "
+            "torch.uint8; divide by 255, subtract the mean, divide by the standard deviation"
+        )
 
 
 def _of_transformers(model: nn.Module) -> bool:

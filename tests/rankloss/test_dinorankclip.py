@@ -14,6 +14,7 @@ from torch.nn import functional
 from rankloss import (
     ClipLoss,
     DinoRankCLIP,
+    GradCache,
     GramLoss,
     PatchDistillation,
     RankCLIPLoss,
@@ -162,6 +163,22 @@ def test_parts_of_a_batch_encode_to_the_whole() -> None:
         torch.testing.assert_close(terms[key], term)
 
 
+def test_cached_features_give_the_same_gradients() -> None:
+    made, data = build(moved=True), batch()
+    torch.autograd.backward(total(made(**data)))
+    expected = {name: p.grad for name, p in made.named_parameters()}
+    made.zero_grad()
+
+    def objective(**outputs: Tensor) -> dict[str, Tensor]:
+        return made.objective(outputs, data["teacher_patches"], data["teacher_cls"])
+
+    cache = GradCache(lambda part: made.encode(*part), objective, modules=[made])
+    images, texts = pairs()
+    cache([(images[:4], texts[:4]), (images[4:], texts[4:])])
+    for name, p in made.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
 @pytest.mark.parametrize("variant", ["none", "full", "image-only"])
 def test_every_parameter_learns_once_the_blocks_have_moved(variant: str) -> None:
     made = build(variant=variant, moved=True)
@@ -186,6 +203,7 @@ def test_ids_reach_the_loss() -> None:
     for name in ("image_ids", "text_ids"):
         expected = ClipLoss()(**outputs, **{name: ids})
         assert made(**data, **{name: ids})["contrastive_loss"] == expected
+        assert made(**data, local=True, **{name: ids})["contrastive_loss"] == expected
         assert made(**data)["contrastive_loss"] != expected
 
 
@@ -449,6 +467,13 @@ def test_missing_teachers_are_named() -> None:
     assert "gram_loss" not in build(distillation=None)(*pairs())
     weightless = {"PatchDistillation": {"gram_weight": 0.0, "relational_weight": 0.0}}
     assert "gram_loss" not in build(distillation=weightless)(*pairs())
+
+
+def test_whole_numbers_are_no_images() -> None:
+    made, (images, texts) = build(), pairs()
+    for call in (made.encode_image, lambda x: made(x, texts)):
+        with pytest.raises(TypeError, match="got torch.uint8; divide by 255"):
+            call(images.to(torch.uint8))
 
 
 def test_models_that_are_no_towers_are_named() -> None:
