@@ -51,7 +51,7 @@ class Case:
 
     @property
     def scores(self) -> int:
-        """How many utilities the definition asks for, N x K x M."""
+        """Number of utilities that the definition asks for, N x K x M."""
         return self.n * self.k * self.m
 
     def with_at_most(self, scores: int) -> "Case":
@@ -102,7 +102,7 @@ class GramCase:
 
     @property
     def scores(self) -> int:
-        """How many similarities one side has, B x P x P."""
+        """Number of similarities that one side has, B x P x P."""
         return self.n * self.patches**2
 
     def with_at_most(self, scores: int) -> "GramCase":

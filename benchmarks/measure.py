@@ -33,7 +33,7 @@ def processor_clock(call: Call, repeats: int) -> Sample:
 
 
 def repeats_to_last(seconds: float, call: Call, clock: Clock = processor_clock) -> int:
-    """How many calls in a row take about that long, so that short ones can be timed at all."""
+    """Number of calls in a row that last about that long; short ones cannot be timed alone."""
     once = clock(call, 1).wall
     if once < seconds:
         once = clock(call, 3).wall  # the first may have been slow to start

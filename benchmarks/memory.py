@@ -21,7 +21,7 @@ SMALL = 1 << 16  # bytes
 
 
 def can_measure() -> bool:
-    """Whether this system has a high-water mark that can be reset."""
+    """Say if this system has a high-water mark that can be reset."""
     try:
         CLEAR_REFS.write_text(RESET_HIGH_WATER)
     except OSError:

@@ -1,4 +1,4 @@
-"""Who is measured: this library and its peers, each as a loss of a case's inputs.
+"""The sides that are measured: this library and its peers, each as a loss of a case's inputs.
 
 A build function returns a callable that computes the scalar loss from the inputs' leaves. It is
 called in the provider's own process, so imports that are optional or slow belong inside it.

@@ -1,4 +1,4 @@
-"""What the loss costs each GPU in memory, communication and computation, for your numbers.
+"""Cost of the loss for each GPU in memory, communication and computation, for your numbers.
 
     python -m benchmarks.scaling                                # the table of docs/scaling.md
     python -m benchmarks.scaling --local-batch 1024 --top-k 256 --gpus 8 64
@@ -9,16 +9,15 @@ points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 
-import tyro
-
-from examples.demo.report import markdown_table
+from benchmarks.report import table
 
 FLOAT, INDEX = 4, 8
 """Bytes of float32 and of int64."""
 LISTS = 4
-"""Of a batch: images rank texts, texts images, images images, texts texts."""
+"""Rankings of a batch: images rank texts, texts images, images images, texts texts."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class Loss:
 
     Args:
         local_batch: n, pairs on each GPU.
-        gpus: W.
+        gpus: W, their number.
         dim: D, width of the features.
         order: R; 0 is CLIP.
-        transition_dim: r.
+        transition_dim: r, width of the transition tables.
         top_k: places of a ranking that count; None: all.
-        feature_bytes: of a number in the gathered features; 2 in half precision.
+        feature_bytes: bytes of a number in the gathered features; 2 in half precision.
     """
 
     local_batch: int = 512
@@ -45,18 +44,23 @@ class Loss:
 
     @property
     def candidates(self) -> int:
-        """M, of the global batch."""
+        """M, pairs of the global batch."""
         return self.local_batch * self.gpus
 
     @property
     def places(self) -> int:
-        """K."""
+        """K, places of a ranking that count."""
         return min(self.top_k or self.candidates, self.candidates)
 
     @property
+    def predecessors(self) -> int:
+        """Tables of predecessors of one modality, each M x r."""
+        return self.order * (self.order - 1) // 2
+
+    @property
     def tables(self) -> int:
-        """Predecessors and keys of one modality, each M x r."""
-        return self.order * (self.order - 1) // 2 + max(self.order - 1, 0)
+        """Tables of predecessors and keys of one modality."""
+        return self.predecessors + max(self.order - 1, 0)
 
     def kept_bytes(self) -> int:
         """Kept from the forward for the backward pass."""
@@ -68,11 +72,13 @@ class Loss:
             matrices += 2 + (3 if alone else 4)  # in-modal cosines, and all scores
             ranked = LISTS * n * k * (FLOAT + INDEX)
         features = 2 * m * self.dim * FLOAT + (0 if alone else 2 * n * self.dim * FLOAT)
-        tables = 2 * self.tables * (m + self.dim) * self.transition_dim * FLOAT
+        # predecessors are kept before their norm and after it
+        rows = (self.tables + self.predecessors) * m + self.tables * self.dim
+        tables = 2 * rows * self.transition_dim * FLOAT
         return matrices * n * m * FLOAT + ranked + features + tables
 
     def received_bytes(self) -> int:
-        """By each GPU in a step: features going out, their float32 gradients coming back."""
+        """Bytes that each GPU receives in a step: others' features, and gradients of its own."""
         others = self.candidates - self.local_batch
         return 2 * others * self.dim * (self.feature_bytes + FLOAT)
 
@@ -84,7 +90,7 @@ class Loss:
         return LISTS * n * (k * m - k * (k - 1) // 2)
 
     def flops(self) -> int:
-        """Of forward and backward: similarities, transition tables, transition terms."""
+        """Flops forward and backward: similarities, transition tables, transition terms."""
         n, m, d, r = self.local_batch, self.candidates, self.dim, self.transition_dim
         similarities = (LISTS if self.order else 2) * 2 * n * m * d
         tables = 2 * self.tables * 2 * m * d * r
@@ -92,49 +98,24 @@ class Loss:
         return 3 * (similarities + tables) + terms
 
     def seconds(self, forward: float = 3.7e12, backward: float = 2.1e12) -> float:
-        """At so many scores a second: METHOD.md's bounds of an H200 at order 3 and r = 32."""
+        """Least time at so many scores a second, by default an H200's limits at R = 3, r = 32."""
         return self.scores() / forward + self.scores() / backward
 
 
-@dataclass(frozen=True)
-class Options:
-    """Whose cost to print."""
-
-    gpus: tuple[int, ...] = (1, 8, 64, 256, 1024)
-    local_batch: int = 512
-    dim: int = 512
-    order: int = 3
-    transition_dim: int = 32
-    top_k: int | None = None
-    feature_bytes: int = 2
+GPUS = (1, 8, 64, 256, 1024)
+COLUMNS = ("GPUs", "candidates", "kept", "received", "scores", "flops", "seconds, at least")
 
 
-def table(options: Options) -> str:
-    """A Markdown table, one row a number of GPUs."""
-    header = ["GPUs", "candidates", "kept", "received", "scores", "flops", "seconds, at least"]
-    rows = []
-    for gpus in options.gpus:
-        loss = Loss(
-            options.local_batch,
-            gpus,
-            options.dim,
-            options.order,
-            options.transition_dim,
-            options.top_k,
-            options.feature_bytes,
-        )
-        rows.append(
-            [
-                f"{gpus:,}",
-                f"{loss.candidates:,}",
-                size(loss.kept_bytes()),
-                size(loss.received_bytes()),
-                f"{loss.scores():.1e}",
-                f"{loss.flops():.1e}",
-                f"{loss.seconds():.2g}",
-            ]
-        )
-    return markdown_table(header, rows)
+def row(loss: Loss) -> list[str]:
+    return [
+        f"{loss.gpus:,}",
+        f"{loss.candidates:,}",
+        size(loss.kept_bytes()),
+        size(loss.received_bytes()),
+        f"{loss.scores():.1e}",
+        f"{loss.flops():.1e}",
+        f"{loss.seconds():.2g}",
+    ]
 
 
 def size(count: float) -> str:
@@ -147,7 +128,15 @@ def size(count: float) -> str:
 
 
 def main() -> None:
-    print(table(tyro.cli(Options, description=__doc__)))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
+    settings = [field for field in fields(Loss) if field.name != "gpus"]
+    for field in settings:
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=int, default=field.default)
+    options = parser.parse_args()
+    chosen = {field.name: getattr(options, field.name) for field in settings}
+    print(table(COLUMNS, (row(Loss(**chosen, gpus=gpus)) for gpus in options.gpus)))
 
 
 if __name__ == "__main__":

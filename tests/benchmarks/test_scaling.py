@@ -1,4 +1,4 @@
-"""The formulas of docs/scaling.md against what is measured on the processor."""
+"""The formulas of docs/scaling.md against what is measured on the CPU."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ def build(setting: Loss) -> HighOrderPLLoss:
 
 
 def saved_bytes(setting: Loss) -> int:
-    """Of distinct storages that autograd keeps after the forward pass."""
+    """Bytes of distinct storages that autograd keeps after the forward pass."""
     image, text = features(setting.local_batch, setting.dim, dtype=torch.float32)
     storages: dict[int, tuple[int, Tensor]] = {}
 
@@ -141,7 +141,7 @@ def test_scores_are_those_of_candidates_not_yet_taken(n: int, k: int | None) -> 
 
 
 def test_the_naive_loss_would_hold_terabytes() -> None:
-    """METHOD.md's number: 275 GB a list at N = M = K = 4096."""
+    """The naive loss's number: 275 GB a list at N = M = K = 4096."""
     assert pytest.approx(275e9, rel=1e-2) == 4 * 4096**3
     assert Loss(4096, 1, 512).kept_bytes() < 2e9
 
