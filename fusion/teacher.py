@@ -32,13 +32,18 @@ class TeacherFeatures(NamedTuple):
 
     Example:
         >>> features = TeacherFeatures(torch.randn(2, 49, 384), torch.randn(2, 384), (7, 7))
-        >>> features.patches.mean(1).shape
-        torch.Size([2, 384])
+        >>> features.text_aligned.shape
+        torch.Size([2, 768])
     """
 
     patches: Tensor
     cls: Tensor
     grid: Grid
+
+    @property
+    def text_aligned(self) -> Tensor:
+        """Join CLS and mean patch to (B, 2 D), the space that dino.txt aligns texts with."""
+        return torch.cat([self.cls, self.patches.mean(1)], 1)
 
 
 class Dinov3Teacher(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankloss.contrastive import CyCLIPLoss, SigLipLoss
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent, Injection
+from rankloss.fusion.masks import masked_mean
 from rankloss.fusion.optional import require
 from rankloss.hub import HubMixin
 from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
@@ -180,6 +181,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         teacher_cls: Tensor | None = None,
         *,
         teacher_grid: Grid | None = None,
+        teacher_text: Tensor | None = None,
         text_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
@@ -193,6 +195,10 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             teacher_patches: (B, P, D) floating, the teacher's patch tokens of the same images.
             teacher_cls: (B, D') floating, its CLS tokens.
             teacher_grid: (height, width) with height x width = P; None means the student's grid.
+            teacher_text: (B, D'') floating, what the student's text branch is distilled from: the
+                pairs in the teacher's text-aligned space, which is dino.txt's text features, or
+                `TeacherFeatures.text_aligned` of the images. None leaves the text branch to the
+                loss of the embeddings.
             text_mask: (B, L) bool, True for real tokens; None asks the student's end token.
             image_ids, text_ids: (B,) integers, as in `HighOrderPLLoss`.
             local: leave other processes out, as in `HighOrderPLLoss`.
@@ -210,6 +216,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             teacher_patches,
             teacher_cls,
             teacher_grid=teacher_grid,
+            teacher_text=teacher_text,
             image_ids=image_ids,
             text_ids=text_ids,
             local=local,
@@ -225,8 +232,9 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
 
         Returns:
             "image_features" and "text_features" (B, D) unit-norm, after injection; "logit_scale",
-            and "logit_bias" if the model has one; "student_patches" (B, h, w, C) if they are
-            distilled; "image_gate" and "text_gate" (B, D) where there is a gate.
+            and "logit_bias" if the model has one; "student_patches" (B, h, w, C) and
+            "student_text" (B, C), the mean of a text's tokens, if there is a teacher;
+            "image_gate" and "text_gate" (B, D) where there is a gate.
         """
         outputs = encode_pairs(self.model, images, texts, text_mask)
         if self.student is None or self.injection is None:
@@ -238,6 +246,8 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         )
         if self._distils():
             outputs["student_patches"] = tokens.image.unflatten(1, tokens.grid)
+            if tokens.text is not None:
+                outputs["student_text"] = masked_mean(tokens.text, tokens.text_mask)
         fused = self.injection(
             outputs["image_features"],
             outputs["text_features"],
@@ -259,6 +269,7 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         teacher_cls: Tensor | None = None,
         *,
         teacher_grid: Grid | None = None,
+        teacher_text: Tensor | None = None,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
         local: bool = False,
@@ -285,11 +296,24 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
             terms |= self.distillation(
                 patches.flatten(1, 2), grid, teacher_patches, teacher_cls, teacher_grid=teacher_grid
             )
+        if teacher_text is not None:
+            terms |= self._text_terms(outputs, teacher_text)
         gates = [outputs[name] for name in ("image_gate", "text_gate") if name in outputs]
         if gates and self.gate_weight > 0:
             whole = torch.cat(gates)
             whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
             terms["gate_loss"] = self.gate_weight * whole.abs().mean()
+        return terms
+
+    def _text_terms(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+        """Compute the terms that distil the student's text branch."""
+        if "student_text" not in outputs:
+            raise ValueError(
+                "DinoRankCLIP: got teacher_text, but there is no text branch to distil; choose a "
+                "variant that injects into texts, with a distillation"
+            )
+        distillation: Any = self.distillation
+        terms: dict[str, Tensor] = distillation.of_texts(outputs["student_text"], teacher)
         return terms
 
     def _distils(self) -> bool:

@@ -108,10 +108,31 @@ class PatchDistillation(nn.Module):
             gram: Tensor = self.gram(student_patches, teacher_patches, **grids)
             terms["gram_loss"] = self.gram_weight * gram
         if self.relational_weight > 0:
-            student, teacher = student_patches.mean(1), self._vectors(teacher_patches, teacher_cls)
-            terms["distance_loss"] = self.relational_weight * self.distance(student, teacher)
-            terms["angle_loss"] = self.relational_weight * self.angle(student, teacher)
+            teacher = self._vectors(teacher_patches, teacher_cls)
+            terms |= self._relational("", student_patches.mean(1), teacher)
         return terms
+
+    def of_texts(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Compute the weighted relational terms of a student's text branch.
+
+        Args:
+            student: (B, C) floating, the mean of each text's tokens.
+            teacher: (B, D) floating vectors of the same pairs in the teacher's text-aligned space.
+
+        Returns:
+            "text_distance_loss" and "text_angle_loss", or nothing with relational_weight=0.
+
+        Raises:
+            ValueError: shapes or devices do not fit.
+            TypeError: an input is not floating point.
+        """
+        return self._relational("text_", student, teacher) if self.relational_weight > 0 else {}
+
+    def _relational(self, prefix: str, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        return {
+            f"{prefix}distance_loss": self.relational_weight * self.distance(student, teacher),
+            f"{prefix}angle_loss": self.relational_weight * self.angle(student, teacher),
+        }
 
     def _vectors(self, patches: Tensor, cls: Tensor | None) -> Tensor:
         """Return (B, D), the teacher's vector for each image."""

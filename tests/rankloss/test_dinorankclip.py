@@ -23,7 +23,7 @@ from rankloss import (
 )
 from rankloss.dinorankclip import SCALARS
 from rankloss.distillation import resize_features
-from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent
+from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent, TeacherFeatures
 
 WIDTH, COUNT, GRID = 16, 6, (2, 2)
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
@@ -134,6 +134,31 @@ def test_distillation_terms_are_the_losses_times_their_weights(
     for key, value in expected.items():
         assert value > 0
         torch.testing.assert_close(terms[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_text_branch_is_distilled_from_text_aligned_vectors() -> None:
+    """CLS and mean patch of the images, or features of a text tower; of real tokens only."""
+    made, data = build(distillation={"PatchDistillation": {"relational_weight": 3.0}}), batch()
+    cls, patches = data["teacher_cls"].double(), data["teacher_patches"].double()
+    target = TeacherFeatures(patches, cls, GRID).text_aligned
+    assert torch.equal(target, torch.cat([cls, patches.mean(1)], 1))
+    terms = made(**data, teacher_text=target)
+    assert set(terms) == set(made(**data)) | {"text_distance_loss", "text_angle_loss"}
+    assert made.student is not None
+    tokens = made.student(text_ids=data["texts"])
+    assert tokens.text is not None
+    assert tokens.text_mask is not None
+    pooled = [x[keep].mean(0) for x, keep in zip(tokens.text, tokens.text_mask, strict=True)]
+    for name, loss in (("distance", RelationalDistanceLoss()), ("angle", RelationalAngleLoss())):
+        expected = 3 * loss(torch.stack(pooled), target)
+        assert expected > 0
+        torch.testing.assert_close(terms[f"text_{name}_loss"], expected)
+    (terms["text_distance_loss"] + terms["text_angle_loss"]).backward()
+    moved = {n for n, p in made.named_parameters() if p.grad is not None}
+    assert {name.rpartition(".")[0].split(".")[1] for name in moved} == {"text"}
+    for variant, distillation in (("image-only", "auto"), ("full", None), ("none", None)):
+        with pytest.raises(ValueError, match="got teacher_text, but there is no text branch"):
+            build(variant=variant, distillation=distillation)(**data, teacher_text=target)
 
 
 def test_the_gate_penalty_is_the_mean_over_both_towers() -> None:
@@ -472,7 +497,7 @@ def test_missing_teachers_are_named() -> None:
 def test_whole_numbers_are_no_images() -> None:
     made, (images, texts) = build(), pairs()
     for call in (made.encode_image, lambda x: made(x, texts)):
-        with pytest.raises(TypeError, match="got torch.uint8; divide by 255"):
+        with pytest.raises(TypeError, match=r"got torch\.uint8; divide by 255"):
             call(images.to(torch.uint8))
 
 
