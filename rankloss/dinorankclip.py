@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss.contrastive import CyCLIPLoss, SigLipLoss
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent, Injection
 from rankloss.fusion.masks import masked_mean
 from rankloss.fusion.optional import require
-from rankloss.hub import HubMixin
-from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
+from rankloss.hub import SavesSettings
+from rankloss.parts import build_loss, build_student, given_or_built, width_of
 from rankloss.specs import Spec, build, spec_of
 from rankloss.two_towers import (
     OUTPUTS,
     SCALARS,
     Architecture,
     architecture_of,
-    build_model,
     encode_images,
     encode_pairs,
     encode_texts,
-    sizes_of,
 )
 
 Grid = tuple[int, int]
@@ -35,7 +31,7 @@ Grid = tuple[int, int]
 __all__ = ["SCALARS", "DinoRankCLIP"]
 
 
-class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "rankloss"]):
+class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["clip", "rankloss"]):
     """A CLIP model, a ranking loss, and a student distilled from DINOv3 that both towers use.
 
         L + lambda_gram L_Gram + lambda_rel (L_RKD-D + L_RKD-A) + lambda_gate mean|g|
@@ -88,6 +84,21 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         >>> sum(terms.values()).backward()
         >>> model.encode_image(images).shape
         torch.Size([4, 32])
+
+        Saved and loaded, here around a model of transformers:
+
+        >>> import tempfile
+        >>> from transformers import CLIPConfig, CLIPModel
+        >>> sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
+        >>> towers = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes))
+        >>> model = DinoRankCLIP(towers, variant="none", loss={"RankCLIPLoss": {}}).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = DinoRankCLIP.from_pretrained(folder)
+        Loading weights from local directory
+        >>> images = torch.randn(2, 3, 224, 224)
+        >>> torch.equal(again.encode_image(images), model.encode_image(images))
+        True
     """
 
     def __init__(
@@ -110,14 +121,14 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         parts = FUSION_VARIANTS[variant]
         if distillation == "auto":
             distillation = {"PatchDistillation": {}} if parts.image else None
-        self.model = _model(model, architecture)
-        width = _embed_dim(self.model, embed_dim)
+        self.model = given_or_built(model, architecture)
+        width = width_of(self.model, embed_dim)
         loss = loss or {"HighOrderPLLoss": {"order": 3}}
-        self.loss = build("loss", _with_width(loss, width), LOSSES)
+        self.loss = build_loss(loss, width)
         self.student: DualBranchStudent | None = None
         self.injection: Injection | None = None
         if parts.image or parts.text:
-            self.student = _student(self.model, student, image=parts.image, text=parts.text)
+            self.student = build_student(self.model, student, image=parts.image, text=parts.text)
             self.injection = parts.build(width, self.student.token_dim)
         self.distillation: nn.Module | None = None
         if distillation is not None:
@@ -348,54 +359,6 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         fused: Tensor = block(embedding, tokens.text, mask=tokens.text_mask).embedding
         return fused
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
-        """Write model.safetensors, config.json and a model card into a folder.
-
-        Args:
-            save_directory: made if missing.
-            options: those of huggingface_hub's PyTorchModelHubMixin, for example push_to_hub=True.
-
-        Raises:
-            ImportError: huggingface_hub is missing.
-
-        Example:
-            >>> import tempfile
-            >>> from transformers import CLIPConfig, CLIPModel
-            >>> sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
-            >>> towers = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes))
-            >>> model = DinoRankCLIP(towers, variant="none", loss={"RankCLIPLoss": {}}).eval()
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     model.save_pretrained(folder)
-            ...     again = DinoRankCLIP.from_pretrained(folder)
-            Loading weights from local directory
-            >>> images = torch.randn(2, 3, 224, 224)
-            >>> torch.equal(again.encode_image(images), model.encode_image(images))
-            True
-        """
-        return super().save_pretrained(save_directory, **{"config": self.settings, **options})
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, strict: bool = True, **options: Any
-    ) -> Any:
-        """Rebuild what `save_pretrained` wrote, from a folder or the Hugging Face hub.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a repository's name on the hub.
-            strict: raise if weights are missing or unknown.
-            options: those of huggingface_hub's PyTorchModelHubMixin (map_location, revision, ...),
-                and arguments of `DinoRankCLIP` that replace the saved ones. Parts that were given
-                as modules (a model without architecture, a loss) must be given again.
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            ImportError: huggingface_hub is missing.
-            ValueError: a part that was given as a module is not given again.
-        """
-        return super().from_pretrained(pretrained_model_name_or_path, strict=strict, **options)
-
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that some part wants spared from weight decay."""
         spared: set[str] = set()
@@ -409,57 +372,3 @@ class DinoRankCLIP(nn.Module, HubMixin, library_name="rankloss", tags=["clip", "
         set_progress: Callable[[float], None] | None = getattr(self.loss, "set_progress", None)
         if set_progress is not None:
             set_progress(progress)
-
-
-LOSSES = (HighOrderPLLoss, RankCLIPLoss, ClipLoss, SigLipLoss, CyCLIPLoss)
-"""Losses that may be given by name."""
-
-
-def _model(model: nn.Module | None, architecture: Architecture | None) -> nn.Module:
-    if model is not None:
-        return model
-    if architecture is None:
-        raise ValueError(
-            "DinoRankCLIP needs a model or an architecture; a model that was saved without "
-            "architecture is given again: from_pretrained(folder, model=...)"
-        )
-    return build_model(architecture)
-
-
-def _embed_dim(model: nn.Module, given: int | None) -> int:
-    width = sizes_of(model).embed_dim if given is None else given
-    if width is None:
-        raise ValueError(
-            f"DinoRankCLIP: {type(model).__name__} does not say how wide its embeddings are; "
-            "give embed_dim="
-        )
-    return width
-
-
-def _with_width(loss: nn.Module | Spec, embed_dim: int) -> nn.Module | Spec:
-    """Complete HighOrderPLLoss's arguments by the width of the embeddings."""
-    if isinstance(loss, Mapping) and loss.get("HighOrderPLLoss") is not None:
-        return {"HighOrderPLLoss": {"embed_dim": embed_dim, **(loss["HighOrderPLLoss"] or {})}}
-    return loss
-
-
-def _student(
-    model: nn.Module,
-    given: DualBranchStudent | Mapping[str, Any] | None,
-    *,
-    image: bool,
-    text: bool,
-) -> DualBranchStudent:
-    """Build the student with the model's sizes, or take the one given."""
-    if isinstance(given, nn.Module):
-        return given
-    sizes, options = sizes_of(model), dict(given or {})
-    if "DualBranchStudent" in options:
-        build("student", options, (DualBranchStudent,))  # raises: it was saved as a module
-    for name in ("image_size", "context_length"):
-        if getattr(sizes, name) is not None:
-            options.setdefault(name, getattr(sizes, name))
-    if text and sizes.vocabulary is not None:  # the end token of CLIP's tokenizer is its last
-        words = {"vocabulary": sizes.vocabulary, "end_token": sizes.vocabulary - 1}
-        options["text_options"] = {**words, **options.get("text_options", {})}
-    return DualBranchStudent(image, text, **options)
