@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 CALLER = 6  # frames up from a warning to the line that calls a loss
 
 LOG_SCALES = (2.0, 3.0)
-"""Where the logarithm that CLIP learns starts: ln(1/0.07) is 2.66; SigLIP's ln 10 is 2.30."""
+"""Range where the logarithm that CLIP learns starts: ln(1/0.07) = 2.66, SigLIP's ln 10 = 2.30."""
 
 
 def can_read(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a user's mistake is told: the operation, what was given, and the remedy."""
+"""Checks of what users give: errors name the operation, what was given, and the remedy."""
 
 import math
 from collections.abc import Mapping
@@ -206,7 +206,7 @@ def check_ids(ids: Tensor | None, name: str, features: Tensor) -> Tensor | None:
 
 
 def as_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
-    """0-D tensor on the features' device."""
+    """Return a 0-D tensor on the features' device."""
     if not isinstance(value, Tensor):
         dtype = torch.promote_types(features.dtype, torch.float32)
         return torch.full((), value, dtype=dtype, device=features.device)

@@ -1,4 +1,4 @@
-"""What a ranking loss can tell about itself, computed from its last features when asked."""
+"""Statistics of a ranking loss, computed from its last features when asked."""
 
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ def summarize(last: Snapshot) -> dict[str, Tensor]:
             (what image i ranks first, text i ranks first too).
         kendall_tau: rank correlation in [-1, 1] of the two directions' orders, over at most 128
             anchors and 128 candidates.
-        entropy: of the softmax over candidates in nats, mean over anchors of both modalities.
+        entropy: entropy of the softmax over candidates in nats, mean over anchors of both
+            modalities.
         transition_m: root mean square of the m-th transition term after the target ranking's
             predecessors, in units of the logits, over at most 128 anchors, places and candidates;
             from order 2 on, unless the ramp is 0.

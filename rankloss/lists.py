@@ -62,7 +62,7 @@ def in_modal_lists(
 
 
 def list_nll(item: RankingList, top_k: int | None, *, discount: Discount, impl: str) -> Tensor:
-    """(N,) likelihoods of a list, 0 for anchors with no candidate left."""
+    """Return (N,) likelihoods of a list, 0 for anchors with no candidate left."""
     scores, target, lengths = item.scores, item.target, None
     if item.mask is not None:
         scores = scores.masked_fill(~item.mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""How much the ranking terms count as training goes on, kept through copies, casts and loading."""
+"""RankCLIP's ramp: a factor of the ranking terms, kept through copies, casts and loading."""
 
 from collections.abc import Callable
 from typing import Any

@@ -180,7 +180,7 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of this process's pairs.
+        """Compute the loss of this process's pairs.
 
         Args:
             image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one

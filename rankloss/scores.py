@@ -38,14 +38,14 @@ class _Dot(torch.autograd.Function):
 
 
 def scaled_cosines(anchors: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
-    """scale * <anchor, candidate> of float32 or float64 features."""
+    """Return scale * <anchor, candidate> (N, M) of float32 or float64 features."""
     # two tensors: torch.compile refuses one tensor given twice to an autograd.Function
     cosines: Tensor = _Dot.apply(anchors, candidates.view_as(candidates))
     return scale.to(cosines.dtype) * cosines
 
 
 def cross_modal_scores(batch: GlobalBatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, M) scores of images against texts, and of texts against images."""
+    """Return (N, M) scores of images against texts, and of texts against images."""
     image_to_text = scaled_cosines(batch.image_anchors, batch.texts, scale)
     if batch.image_anchors is batch.images:  # every candidate is an anchor
         return image_to_text, image_to_text.T

@@ -54,7 +54,7 @@ class TransitionHeads(nn.Module):
             learn once it is normalised).
         generator: draws the initial weights instead of the fixed seed; a distributed run must
             give every process one in the same state.
-        seed: of the initial weights when no generator is given.
+        seed: seed of the initial weights when no generator is given.
 
     Raises:
         ValueError: order < 2, embed_dim < 1 or transition_dim < 2.

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
         )
 
     def tensors(self) -> list[Tensor]:
-        """What has a gradient: scores and, from order 2 on, the two tables."""
+        """Return what has a gradient: scores and, from order 2 on, the two tables."""
         return [self.scores, *(self.transitions or ())]
 
 
@@ -156,7 +156,7 @@ each_case = pytest.mark.parametrize("p", CASES.values(), ids=CASES.keys())
 
 
 def arguments(p: Problem) -> tuple[Tensor, ...]:
-    """Of the forward op; one row counts no place, and one only its first."""
+    """Return arguments of the forward op; one row counts no place, and one only its first."""
     n, m = p.scores.shape
     k = p.ranking.shape[1]
     lengths = torch.tensor([k, 1, 0, k])[:n]

@@ -1,4 +1,4 @@
-"""What a loss tells about itself: values by hand, and no cost until asked."""
+"""Statistics of a loss: values by hand, and no cost until asked."""
 
 import itertools
 import math

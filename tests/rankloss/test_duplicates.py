@@ -67,7 +67,7 @@ def test_duplicates_are_never_pushed_down(which: str, scale: float, order: int, 
 
 @pytest.mark.parametrize("order", [1, 3])
 def test_without_ids_a_duplicate_is_pushed_down(order: int) -> None:
-    """What the ids are for: the test above can fail."""
+    """Ids are for this: the test above can fail."""
     cross, in_modal = pair_gradients(HighOrderPLLoss(7, order).double(), 5.0)
     others = ~torch.eye(7, dtype=torch.bool)
     assert cross[equal(IMAGE_IDS) & others].max() > 1e-3

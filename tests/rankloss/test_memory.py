@@ -1,4 +1,4 @@
-"""What the streaming implementations hold, and what they save for the backward pass."""
+"""Memory of the streaming implementations: held at a time, and saved for the backward pass."""
 
 import pytest
 import torch

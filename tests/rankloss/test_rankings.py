@@ -105,6 +105,6 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("top_k", [2, 15, 39])
 def test_no_view_of_the_full_sort(top_k: int) -> None:
-    """What is kept for the backward pass is N x K, not N x M."""
+    """Rankings kept for the backward pass are N x K, not N x M."""
     ranking = rankings(torch.randn(50, 40), top_k)
     assert ranking.untyped_storage().nbytes() == 8 * 50 * top_k

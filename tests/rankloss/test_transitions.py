@@ -29,7 +29,7 @@ def test_tables_are_the_definition() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_predecessor_rows_have_unit_root_mean_square(dtype: torch.dtype) -> None:
-    """Whatever the norm of the embeddings; an embedding of zero has a row of zeros."""
+    """Embeddings of any norm give them; an embedding of zero has a row of zeros."""
     heads = TransitionHeads(64, 3, 8)
     h = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     scaled = torch.cat([x * h for x in (1.0, 10.0, 100.0)] + [torch.zeros(1, 64)])
