@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from examples.toy import PIXELS, VOCABULARY, all_pairs, batches, recall_at_1
+from examples.toy import PIXELS, VOCABULARY, all_pairs, batches, log, recall_at_1
 from rankloss import HighOrderPLLoss, attach
 
 WIDTH = 64  # of the embeddings
@@ -68,9 +68,7 @@ def main(order: int = 3, steps: int = 100) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 20 == 0 or step == steps - 1:
-            told = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())
-            print(f"step {step}: {told}")
+        log(step, terms)
 
     model.eval()
     with torch.no_grad():

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from examples.toy import CONTEXT, PIXELS, VOCABULARY, all_pairs, batches, recall_at_1
+from examples.toy import PIXELS, TINY_CLIP, all_pairs, batches, log, recall_at_1
 from rankloss import DinoRankCLIP
 
 PATCH = 8  # pixels; the teacher gives (32 / 8)^2 = 16 patch tokens
@@ -39,21 +39,8 @@ class TinyTeacher(nn.Module):
 
 def build() -> DinoRankCLIP:
     """A ViT and a text Transformer of open_clip, as small as they come, and a student."""
-    architecture = {
-        "open_clip": {
-            "embed_dim": 64,
-            "vision_cfg": {"image_size": PIXELS, "patch_size": 8, "width": 64, "layers": 1},
-            "text_cfg": {
-                "context_length": CONTEXT,
-                "vocab_size": VOCABULARY,
-                "width": 64,
-                "heads": 1,
-                "layers": 1,
-            },
-        }
-    }
     return DinoRankCLIP(
-        architecture=architecture,
+        architecture={"open_clip": TINY_CLIP},  # or DinoRankCLIP(model) around one you have
         loss={"HighOrderPLLoss": {"order": 3}},  # any loss of the library, by its class name
         student={
             "image_options": {"embed_dim": 48, "depth": 1, "num_heads": 1, "patch_size": 8},
@@ -74,9 +61,7 @@ def main(steps: int = 60) -> tuple[float, float]:
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
-        if step % 20 == 0 or step == steps - 1:
-            told = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())
-            print(f"step {step}: {told}")
+        log(step, terms)
 
     # At inference there is no teacher, and each tower works alone.
     with TemporaryDirectory() as folder:

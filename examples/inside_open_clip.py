@@ -16,27 +16,17 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from examples.toy import CONTEXT, PIXELS, VOCABULARY, all_pairs, batches, recall_at_1
+from examples.toy import TINY_CLIP, all_pairs, batches, log, recall_at_1
 from rankloss import HighOrderPLLoss, attach, export
-
-# Small, so that this page runs in seconds. Of a real model only the next function is different:
-# open_clip.create_model_and_transforms("ViT-B-16", pretrained="laion2b_s34b_b88k").
-CONFIG = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": PIXELS, "patch_size": 8, "width": 64, "layers": 1},
-    "text_cfg": {
-        "context_length": CONTEXT,
-        "vocab_size": VOCABULARY,
-        "width": 64,
-        "heads": 1,
-        "layers": 1,
-    },
-}
 
 
 def build() -> nn.Module:
-    # output_dict=True: the outputs are then named as the loss's arguments are
-    model: nn.Module = open_clip.CLIP(**CONFIG, output_dict=True)
+    """A model so small that this page runs in seconds.
+
+    A real one: open_clip.create_model("ViT-B-16", pretrained=..., output_dict=True). With
+    output_dict the outputs are named as the loss's arguments are.
+    """
+    model: nn.Module = open_clip.CLIP(**TINY_CLIP, output_dict=True)
     return model
 
 
@@ -70,9 +60,7 @@ def main(steps: int = 60) -> tuple[float, float]:
         optimizer.step()
         with torch.no_grad():  # open_clip's own bound; losses expect a scale of at most 100
             training.model.logit_scale.clamp_(0, 4.6052)
-        if step % 20 == 0 or step == steps - 1:
-            told = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())
-            print(f"step {step}: {told}")
+        log(step, terms)
 
     # Resume from a checkpoint with everything; publish one that plain open_clip loads strictly.
     with TemporaryDirectory() as folder:

@@ -5,7 +5,8 @@ that a page needs is a batch of images and a batch of token ids.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from torch.nn.functional import interpolate
 ATTRIBUTES, VALUES = 3, 6  # 6 x 6 x 6 = 216 kinds of pictures
 PIXELS, CONTEXT, VOCABULARY = 32, 6, 64
 START, END = 62, 63  # of a caption; END is the largest id, as in CLIP's vocabulary
+
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": PIXELS, "patch_size": 8, "width": 64, "layers": 1},
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": VOCABULARY,
+        "width": 64,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+"""An open_clip model for these pictures, in the format of open_clip's model_configs."""
 
 
 def all_pairs(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -34,6 +48,13 @@ def recall_at_1(images: Tensor, texts: Tensor) -> float:
     """Share of images whose own caption is the nearest of all, from (N, D) features."""
     nearest = (images @ texts.T).argmax(dim=1)
     return float((nearest == torch.arange(len(images))).float().mean())
+
+
+def log(step: int, terms: Mapping[str, Tensor]) -> None:
+    """Print the terms of a loss, every twentieth step."""
+    if step % 20 == 0:
+        told = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())
+        print(f"step {step}: {told}")
 
 
 def _pictures(kinds: Tensor, seed: int) -> Tensor:
