@@ -24,7 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel", "pytest", "rankloss"]
+PRELOAD = [
+    "pytest",
+    "rankloss",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.nn.parallel",
+]
 COLLECTIVE_SECONDS = 40.0  # a collective some process never joins raises after this
 TASK_SECONDS = 90.0  # a process that takes longer, whatever the reason, exits with its stacks
 

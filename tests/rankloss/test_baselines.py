@@ -1,14 +1,13 @@
 """SigLIP and CyCLIP: open_clip's values, the published formulas, and any number of processes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.loss import SigLipLoss as OpenClipSigLip
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +39,8 @@ def value_and_gradients(loss: nn.Module, *inputs: Tensor, **options: Any) -> lis
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.5), (100.0, -3.0)])
 @pytest.mark.parametrize("n", [1, 2, 33])
 def test_siglip_is_open_clips(n: int, scale: float, bias: float, dtype: torch.dtype) -> None:
+    from open_clip.loss import SigLipLoss as OpenClipSigLip  # too slow for every process
+
     image, text = features(n, 16, dtype=dtype)
     s, b = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (scale, bias))
     ours, theirs = (
@@ -257,18 +258,11 @@ def gradients_of_a_share(
     return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 @pytest.mark.parametrize("gather_with_grad", [True, False])
 @pytest.mark.parametrize("local_loss", [True, False])
 @each_baseline
 def test_two_processes_have_the_gradient_of_one(
-    two_processes: ProcessGroup, name: str, local_loss: bool, gather_with_grad: bool
+    groups: dict[int, ProcessGroup], name: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     """Without gradient in the gather towers have less: half of it where all score everything."""
     g = torch.Generator().manual_seed(1)
@@ -277,7 +271,7 @@ def test_two_processes_have_the_gradient_of_one(
     value = model(images, texts)
     expected = torch.autograd.grad(value, list(model.parameters()))
     options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
-    results = two_processes.run(gradients_of_a_share, name, images, texts, options)
+    results = groups[2].run(gradients_of_a_share, name, images, texts, options)
     torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
     for _, gradients in results:
         for (parameter, _), x, y in zip(model.named_parameters(), gradients, expected, strict=True):
@@ -298,5 +292,5 @@ def uneven_share(name: str) -> str:
 
 
 @each_baseline
-def test_uneven_shares_are_refused_everywhere(two_processes: ProcessGroup, name: str) -> None:
-    assert all("[3, 4]" in text for text in two_processes.run(uneven_share, name))
+def test_uneven_shares_are_refused_everywhere(groups: dict[int, ProcessGroup], name: str) -> None:
+    assert all("[3, 4]" in text for text in groups[2].run(uneven_share, name))

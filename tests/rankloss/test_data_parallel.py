@@ -1,7 +1,7 @@
 """The usual ways to train on several processes, each equal to one process with the whole batch."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,15 +28,6 @@ from tests.helpers.towers import (
 )
 
 Way = Callable[[nn.Module], tuple[nn.Module, int, int]]  # wrapped model, share of the batch
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, ProcessGroup]]:
-    """Process groups by world size."""
-    made = {world: ProcessGroup(world) for world in (2, 4)}
-    yield made
-    for group in made.values():
-        group.close()
 
 
 def build(outside: bool = False) -> Towers:

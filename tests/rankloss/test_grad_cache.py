@@ -1,6 +1,5 @@
 """Features cached in parts must leave the gradient of the whole batch."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -182,13 +181,6 @@ def test_no_parts_are_an_error() -> None:
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 def local_parts(sizes: list[int]) -> list[Part]:
     """This process's rows, which are one half of the batch, in parts."""
     rank = dist.get_rank()
@@ -233,10 +225,10 @@ def in_parallel(
 @pytest.mark.parametrize("through_the_model", [False, True])
 @pytest.mark.parametrize("sizes", [[6], [2, 4], [2, 1, 1, 2]], ids=str)
 def test_two_processes_share_gradients_once(
-    two: ProcessGroup, sizes: list[int], through_the_model: bool
+    groups: dict[int, ProcessGroup], sizes: list[int], through_the_model: bool
 ) -> None:
     _, expected = at_once(Model(), make_parts([6, 6]))
-    for results, counts in two.run(in_parallel, sizes, 3, through_the_model):
+    for results, counts in groups[2].run(in_parallel, sizes, 3, through_the_model):
         for gradients in results:
             assert_same(gradients, expected)
         assert counts == [1, 1, 1]
@@ -252,8 +244,8 @@ def with_a_loss_outside(sizes: list[int]) -> None:
     step(local_parts(sizes))  # said once; a second warning would be an error here
 
 
-def test_a_loss_outside_ddp_is_warned_of(two: ProcessGroup) -> None:
-    two.run(with_a_loss_outside, [2, 4])
+def test_a_loss_outside_ddp_is_warned_of(groups: dict[int, ProcessGroup]) -> None:
+    groups[2].run(with_a_loss_outside, [2, 4])
 
 
 def with_unused(sizes: list[int]) -> str:
@@ -264,5 +256,5 @@ def with_unused(sizes: list[int]) -> str:
     return str(error.value)
 
 
-def test_find_unused_parameters_is_refused(two: ProcessGroup) -> None:
-    assert len(two.run(with_unused, [2, 4])) == 2
+def test_find_unused_parameters_is_refused(groups: dict[int, ProcessGroup]) -> None:
+    assert len(groups[2].run(with_unused, [2, 4])) == 2

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,15 +28,6 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "cyclip": CyCLIPLoss,
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, ProcessGroup]]:
-    """Process groups by world size."""
-    made = {world: ProcessGroup(world) for world in (2, 4)}
-    yield made
-    for group in made.values():
-        group.close()
 
 
 class Model(Towers):
