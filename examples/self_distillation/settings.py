@@ -1,0 +1,81 @@
+"""All that determines a self-distilled teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from examples.demo.scene_shards import SceneSettings
+
+MODEL = "vit_small_patch16_dinov3"
+OPTIONS: dict[str, Any] = {"depth": 4, "embed_dim": 96, "num_heads": 3, "init_values": 0.1}
+"""DINOv3's architecture at a size whose weights in float16 fit in a mebibyte."""
+TEACHER = Path(__file__).resolve().parent / "teacher.safetensors"
+"""Weights that `python -m examples.self_distillation` made, its recipe beside them."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Weights and schedules, as shares of the training steps.
+
+    Args:
+        koleo_weight: of the sum over global crops, within groups of `koleo_group` samples.
+        gram_weight: of the mean-form Gram loss, from `gram_start` on; before it there is no anchor.
+        gram_start, gram_every, gram_refreshes: when the anchor is first taken from the
+            moving-average teacher, how often it is taken again, and how many times in all.
+        momentum: of the teacher's moving average at the start; it ends at 1.
+        teacher_temperatures: before and after the warm-up, which lasts `temperature_warmup`.
+        prototypes: of both heads.
+    """
+
+    koleo_weight: float = 0.1
+    koleo_group: int = 16
+    gram_weight: float = 2.0
+    gram_start: float = 0.6
+    gram_every: float = 0.1
+    gram_refreshes: int = 3
+    momentum: float = 0.99
+    teacher_temperatures: tuple[float, float] = (0.04, 0.07)
+    temperature_warmup: float = 0.3
+    prototypes: int = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The recipe.
+
+    Args:
+        scenes: whose training split is seen, images only.
+        model, options: of timm.create_model.
+        steps: of the optimizer; every schedule is a share of them.
+        batch_size: images of a step, a multiple of `objective.koleo_group`.
+        local_size, locals_: side of the local crops in pixels, and how many of each image.
+        learning_rate: at its peak, after `warmup` (a share of the steps); then a cosine to 0.
+        weight_decay: of matrices.
+        clip_norm: largest gradient norm.
+        checkpoint_steps: steps between checkpoints.
+        seed: of initialisation, order and crops.
+    """
+
+    scenes: SceneSettings = field(default_factory=SceneSettings)
+    model: str = MODEL
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    steps: int = 1500
+    batch_size: int = 64
+    local_size: int = 48
+    locals_: int = 3
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    clip_norm: float = 1.0
+    checkpoint_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size % self.objective.koleo_group:
+            raise ValueError(
+                "steps must be at least 1 and batch_size a multiple of "
+                f"{self.objective.koleo_group}, got {self.steps} and {self.batch_size}"
+            )

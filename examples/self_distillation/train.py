@@ -1,0 +1,132 @@
+"""The training loop: resumable at any step, to the same weights."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.cc3m.checkpoint import Checkpoints, restore_training, training_tensors
+from examples.cc3m.files import claim_directory, write_atomically, write_json
+from examples.cc3m.generators import seed_generators
+from examples.cc3m.signals import Interrupted, StopRequest
+from examples.demo.drawing import draw
+from examples.demo.scene_shards import SceneSettings, train_scenes
+from examples.self_distillation.backbone import Network
+from examples.self_distillation.crops import sample_views
+from examples.self_distillation.objective import SelfDistillation
+from examples.self_distillation.settings import Settings
+from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD
+
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def train(settings: Settings, out: Path, stop: StopRequest, *, fresh: bool = False) -> Path:
+    """Train, or go on training; the file of the teacher's weights.
+
+    Raises:
+        UserError: `out` holds a run of other settings.
+        Interrupted: a signal asked to stop; what was done is in a checkpoint.
+    """
+    claim_directory(out, asdict(settings), fresh=fresh)
+    weights = out / "teacher.safetensors"
+    if weights.exists():
+        return weights
+    seed_generators(settings.seed)
+    network = Network(settings.model, settings.options, prototypes=settings.objective.prototypes)
+    distillation = SelfDistillation(network, settings.objective, settings.steps)
+    optimizer = build_optimizer(distillation.student, settings.weight_decay)
+    checkpoints = Checkpoints(out / "checkpoints", keep=1)
+    step, history = 0, dict[str, list[float]]()
+    if (found := checkpoints.latest()) is not None:
+        restore_training(distillation, optimizer, found)
+        step, history = found.state["step"], found.state["history"]
+    images = scene_images(settings.scenes)
+    with tqdm(total=settings.steps, initial=step, unit="step", mininterval=2.0) as bar:
+        while step < settings.steps:
+            terms = update(distillation, optimizer, images, settings, step)
+            step += 1
+            bar.update()
+            for name, value in terms.items():
+                history.setdefault(name, []).append(round(value, 5))
+            bar.set_postfix({k.removesuffix("_loss"): f"{v:.3f}" for k, v in terms.items()})
+            asked = stop.signal_number
+            if step % settings.checkpoint_steps == 0 or step == settings.steps or asked:
+                state = {"step": step, "history": history}
+                checkpoints.save(step, training_tensors(distillation, optimizer), state)
+            if asked and step < settings.steps:
+                raise Interrupted(f"stopped after step {step} of {settings.steps}", asked)
+    export(distillation.teacher.backbone.model, weights)
+    write_json(out / "teacher.json", {"settings": asdict(settings), "history": history})
+    return weights
+
+
+def update(
+    distillation: SelfDistillation,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    settings: Settings,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step, whose randomness depends on the seed and the step alone."""
+    seed_generators(settings.seed + 1_000_003 * (step + 1))
+    batch = images[torch.randint(len(images), (settings.batch_size,))].float() / 255
+    size = images.shape[-1]
+    views = sample_views(
+        (batch - MEAN) / STD,
+        global_size=size,
+        local_size=settings.local_size,
+        locals_=settings.locals_,
+        with_high=distillation.needs_high(step),
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, step)
+    terms = distillation(views, step)
+    loss: Any = torch.stack(list(terms.values())).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(distillation.student.parameters(), settings.clip_norm)
+    optimizer.step()
+    distillation.after_step(step)
+    return {name: value.item() for name, value in terms.items()}
+
+
+def build_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW that spares vectors (norms, biases, layer scales, tokens) from weight decay."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.squeeze().dim() > 1]
+    vectors = [p for p in parameters if p.squeeze().dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine to 0."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def scene_images(settings: SceneSettings) -> Tensor:
+    """The training split's pictures, (N, 3, H, W) uint8; the demo compresses the same ones."""
+    pictures = []
+    for index, scene in enumerate(train_scenes(settings)):
+        rng = random.Random(f"{settings.seed}/train/picture/{index}")
+        pictures.append(np.asarray(draw(scene, rng, settings.image_size)))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def export(model: nn.Module, path: Path) -> None:
+    """Write weights in float16, in timm's names."""
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(weights, temporary))
