@@ -1,4 +1,4 @@
-"""What the losses over the global batch share: their options, and the way from input to batch."""
+"""Common parts of losses over the global batch: their options, the way from input to batch."""
 
 from collections.abc import Callable
 from contextlib import suppress

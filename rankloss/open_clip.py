@@ -94,7 +94,7 @@ def translate_keywords(
     For forks of open_clip whose `create_loss` builds the loss from its own keywords.
 
     Args:
-        cache_labels: of no consequence here: labels are never a tensor that would need a cache.
+        cache_labels: has no consequence here: labels are never a tensor that would need a cache.
         use_horovod: must be False.
         **keywords: `local_loss`, `gather_with_grad`, `rank`, `world_size` and any others, as given.
 
@@ -136,7 +136,7 @@ def build_loss(embed_dim: int, options: argparse.Namespace, args: argparse.Names
 
 
 class _Launch:
-    """What `open_clip_train.main` finds under the names of its own parts during one run."""
+    """Stand-ins that `open_clip_train.main` finds by its own parts' names during one run."""
 
     def __init__(self, options: argparse.Namespace, trainer: ModuleType) -> None:
         self.options, self.trainer = options, trainer

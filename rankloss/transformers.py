@@ -20,7 +20,7 @@ from rankloss.siglip_ranking import SigLipRankingLoss
 
 
 class _RankingMixin:
-    """What the models below share; stands before the class of transformers that it changes."""
+    """Common base of the models below; stands before the class of transformers that it changes."""
 
     accepts_loss_kwargs = False  # a batch is divided by accumulation steps, not by label counts
     rank_loss: nn.Module

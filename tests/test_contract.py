@@ -44,7 +44,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 class Case(NamedTuple):
-    """How to build a callable, and float64 tensors to call it with.
+    """A callable's construction, and float64 tensors to call it with.
 
     Attributes:
         make: builds the loss, layer or op.

@@ -1,4 +1,4 @@
-"""What each command measures of one model."""
+"""The commands: each measures one model."""
 
 from __future__ import annotations
 

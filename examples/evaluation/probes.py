@@ -52,8 +52,8 @@ def linear_probe(
     Args:
         train, test: frozen features as they come; they are scaled by one number, so that their
             mean square is 1 (which C makes up for otherwise).
-        seed: of the split.
-        max_iter: of L-BFGS; a probe that stops there is reported, see "converged".
+        seed: decides the split.
+        max_iter: iterations of L-BFGS; a probe that stops there is reported, see "converged".
 
     Returns:
         "top1", "mean_class_recall", "c" and "converged" (1 or 0).

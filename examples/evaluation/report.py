@@ -48,7 +48,7 @@ def write_report(
 
     Args:
         folder: made if missing.
-        name: of the files.
+        name: stem of the files' names.
         table: the numbers.
         described: what was measured and how, JSON-able.
         curves: column -> list of {"shift", "gap", "loss"}, drawn in the place of bars.

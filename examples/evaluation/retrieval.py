@@ -66,7 +66,7 @@ def ranks_of_best_text(images: Tensor, texts: Tensor, image_of_text: Tensor) -> 
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:
-    """Whether each match, at `ranks` (N,), is among the first k: (N,) bool."""
+    """Say if each match, at `ranks` (N,), is among the first k: (N,) bool."""
     return ranks <= k
 
 

@@ -103,7 +103,7 @@ def test_kinds_of_runs(
 
 
 class Batches:
-    """What `train_one_epoch` asks of open_clip's data."""
+    """As much as `train_one_epoch` asks of open_clip's data."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches, self.dataloader = batches, self

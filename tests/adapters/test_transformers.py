@@ -206,7 +206,7 @@ def test_trainer_accumulates_the_mean(tmp_path: Path) -> None:
 
 
 def test_compute_loss_func_is_not_divided_by_accumulation_steps(tmp_path: Path) -> None:
-    """Why the loss is inside `forward`: Trainer takes this function's loss as it is."""
+    """The reason for a loss inside `forward`: Trainer takes this function's loss as it is."""
     rows = pairs(8)
     losses: list[float] = []
     loss = HighOrderPLLoss(order=1)

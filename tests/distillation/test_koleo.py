@@ -196,7 +196,7 @@ def test_processes_look_only_at_their_own_unless_asked(two: ProcessGroup) -> Non
 
 
 def _in_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of four processes, 0 and 2 look among each other's samples, and so do 1 and 3."""
+    """Four processes: 0 and 2 look among each other's samples, and so do 1 and 3."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     rank = dist.get_rank()
     group = groups[rank % 2]

@@ -95,7 +95,7 @@ def test_known_distances() -> None:
 
 
 def test_known_angles() -> None:
-    """Of a right triangle, cosines 0, 1/sqrt2, 1/sqrt2; of an equilateral one, 1/2 each."""
+    """A right triangle has cosines 0, 1/sqrt2, 1/sqrt2, an equilateral one, 1/2 each."""
     student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     teacher = torch.eye(3, dtype=torch.float64)
     terms = [0.5**2 / 2, *[(0.5**0.5 - 0.5) ** 2 / 2] * 2]
@@ -199,7 +199,7 @@ def test_float32_far_from_the_origin(make: Callable[[], nn.Module]) -> None:
 @each_make
 @pytest.mark.parametrize("apart", [1e-2, 4.4e-4, 1e-5])
 def test_near_pairs_keep_their_digits(make: Callable[[], nn.Module], apart: float) -> None:
-    """Of samples 4.4e-4 apart, the expansion |a|^2 + |b|^2 - 2ab in float32 keeps none."""
+    """Samples 4.4e-4 apart: the expansion |a|^2 + |b|^2 - 2ab in float32 keeps none."""
     student, teacher = random_features(6, 512), random_features(6, 512, seed=1)
     student = torch.nn.functional.normalize(student, dim=1)
     step = torch.nn.functional.normalize(random_features(3, 512, seed=2), dim=1)

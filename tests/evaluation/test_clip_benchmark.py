@@ -29,7 +29,7 @@ RETRIEVAL = {
     "image_retrieval_recall@10": 0.745,
 }
 CLASSIFICATION = {"acc1": 0.15, "acc5": 0.75, "mean_per_class_recall": 0.17794117647}
-"""What CLIP_benchmark gives."""
+"""Classes as CLIP_benchmark gives them."""
 CLASSES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark", "ray"]
 
 

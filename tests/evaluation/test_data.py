@@ -1,4 +1,4 @@
-"""Where captions, grades and classes come from."""
+"""Sources of captions, grades and classes."""
 
 import io
 import json

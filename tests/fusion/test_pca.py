@@ -20,7 +20,7 @@ def tokens(n: int = 400, d: int = 12, mean: float = 2.0) -> Tensor:
 
 
 def eigenvectors(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the second moment in float64, by descending eigenvalue: (D, D) rows, and (D,) shares."""
+    """Axes of the second moment, float64, by descending eigenvalue: (D, D) rows, (D,) shares."""
     x = rows.double()
     values, vectors = torch.linalg.eigh(x.T @ x)
     return vectors.T.flip(0), values.flip(0) / values.sum()

@@ -48,7 +48,7 @@ def smooth_l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def similarities(s: Tensor, t: Tensor, negatives: str) -> tuple[Tensor, Tensor]:
-    """What two similarities count as."""
+    """Values that two similarities count as."""
     student_below, teacher_below = number(s) < 0, number(t) < 0
     if negatives == "clamp":
         return (ZERO if student_below else s), (ZERO if teacher_below else t)
@@ -80,7 +80,7 @@ def gram(
 
 
 def frobenius(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Of each image, the paper's sum over all of its pairs."""
+    """The paper's sum for each image: over all of its pairs."""
     return [
         total((dot(unit(s[p]), unit(s[q])) - dot(unit(t[p]), unit(t[q]))) ** 2 for p, q in pairs)
         for s, t, pairs in (

@@ -335,7 +335,7 @@ def test_unit_norm_in_every_case(make: Callable[..., Tensor]) -> None:
 
 
 class Towers(nn.Module):
-    """Of one's own, with OpenAI's interface: no `normalize`, a tuple from forward."""
+    """A model of one's own, with OpenAI's interface: no `normalize`, a tuple from forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,7 +416,7 @@ def test_one_call_gives_back_what_was_saved(which: str, tmp_path: Path) -> None:
 
 
 def test_open_clip_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the one saved, only the name and the options are read; nothing is downloaded."""
+    """The saved model's name and options alone are read; nothing is downloaded."""
     asked: list[dict[str, Any]] = []
 
     def create_model(model_name: str, **options: Any) -> nn.Module:

@@ -261,7 +261,7 @@ def test_ids_travel_together(groups: dict[int, ProcessGroup], name: str, both: b
 
 
 def read_on_a_gpu() -> list[bool]:
-    """Whether a message would be read: new, and then known; no GPU takes part."""
+    """Say if a message would be read: new, and then known; no GPU takes part."""
     message = Message(1, 999, 8, 22, 0, 0)  # of a size that no other test sends
     group = dist.group.WORLD
     assert group is not None
