@@ -54,7 +54,7 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
             neither student nor injection.
         student: with the branches that the variant injects into; a module, or arguments of
             `DualBranchStudent`. Image size, context length and vocabulary default to the model's.
-        distillation: teaches the student's image branch, called as `PatchDistillation` is; a module,
+        distillation: trains the student's image branch, called as `PatchDistillation` is; a module,
             {"PatchDistillation": {arguments}}, or None for no teacher. "auto" is
             PatchDistillation() where the variant injects into the image tower.
         gate_weight: lambda_gate, 1e-3 by default; not used by variants without gate.

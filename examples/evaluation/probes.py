@@ -1,4 +1,4 @@
-"""What frozen features know: nearest neighbours and a linear classifier."""
+"""Probes of frozen features: nearest neighbours and a linear classifier."""
 
 from __future__ import annotations
 

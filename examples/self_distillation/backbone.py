@@ -22,7 +22,7 @@ class Backbone(nn.Module):
 
     Args:
         name: timm's, for example "vit_small_patch16_dinov3".
-        options: of timm.create_model, for example depth and embed_dim.
+        options: arguments of timm.create_model, for example depth and embed_dim.
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Head(nn.Module):
     """Cosines of an MLP's output with learnt prototypes, as DINO's head with a normalised layer.
 
     Args:
-        dim: of the tokens.
+        dim: width of the tokens.
         hidden, bottleneck: widths of the MLP.
         prototypes: K.
     """

@@ -1,4 +1,4 @@
-"""What a frozen teacher's features know about scenes: five attribute families, new combinations.
+"""Probes of a frozen teacher's features on scenes: five attribute families, new combinations.
 
     python -m examples.self_distillation.measure                        # the committed teacher
     python -m examples.self_distillation.measure --weights FILE --out runs/teacher
@@ -135,7 +135,7 @@ def _attribute(name: str) -> Callable[[Scene], int | None]:
 
 
 def _relation(scene: Scene) -> int | None:
-    """How the small thing lies to the large one; None if both are of one size."""
+    """Relation of the small thing to the large one; None if both are of one size."""
     first, second = scene.things
     if first.size == second.size:
         return None

@@ -30,7 +30,7 @@ class SelfDistillation(nn.Module):
     Args:
         network: the student at its start, copied for the teacher.
         settings: weights and schedules.
-        steps: of the whole training.
+        steps: length of the whole training.
     """
 
     def __init__(self, network: Network, settings: ObjectiveSettings, steps: int) -> None:
@@ -84,7 +84,7 @@ class SelfDistillation(nn.Module):
         self.anchor.update(step, self.teacher.backbone)
 
     def needs_high(self, step: int) -> bool:
-        """Whether there is an anchor at this step, which wants crops at twice the resolution."""
+        """Say if there is an anchor at this step, which wants crops at twice the resolution."""
         return step >= self.anchor.first_update
 
     def teacher_temperature(self, step: int) -> float:

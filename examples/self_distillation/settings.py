@@ -20,13 +20,13 @@ class ObjectiveSettings:
     """Weights and schedules, as shares of the training steps.
 
     Args:
-        koleo_weight: of the sum over global crops, within groups of `koleo_group` samples.
-        gram_weight: of the mean-form Gram loss, from `gram_start` on; before it there is no anchor.
+        koleo_weight: weight of the sum over global crops, within groups of `koleo_group` samples.
+        gram_weight: weight of the mean-form Gram loss, from `gram_start` on; no anchor before.
         gram_start, gram_every, gram_refreshes: when the anchor is first taken from the
             moving-average teacher, how often it is taken again, and how many times in all.
-        momentum: of the teacher's moving average at the start; it ends at 1.
+        momentum: that of the teacher's moving average at the start; it ends at 1.
         teacher_temperatures: before and after the warm-up, which lasts `temperature_warmup`.
-        prototypes: of both heads.
+        prototypes: number of them in both heads.
     """
 
     koleo_weight: float = 0.1
@@ -47,15 +47,15 @@ class Settings:
 
     Args:
         scenes: whose training split is seen, images only.
-        model, options: of timm.create_model.
-        steps: of the optimizer; every schedule is a share of them.
+        model, options: arguments of timm.create_model.
+        steps: number of them; every schedule is a share of them.
         batch_size: images of a step, a multiple of `objective.koleo_group`.
         local_size, locals_: side of the local crops in pixels, and how many of each image.
         learning_rate: at its peak, after `warmup` (a share of the steps); then a cosine to 0.
-        weight_decay: of matrices.
+        weight_decay: weight decay of matrices.
         clip_norm: largest gradient norm.
         checkpoint_steps: steps between checkpoints.
-        seed: of initialisation, order and crops.
+        seed: decides initialisation, order and crops.
     """
 
     scenes: SceneSettings = field(default_factory=SceneSettings)

@@ -70,7 +70,7 @@ def test_recolouring_keeps_what_stands_out() -> None:
 
 
 def test_masked_patches_are_hidden() -> None:
-    """What a masked patch shows changes nothing; what a visible one shows does. Copies too."""
+    """Pixels of a masked patch change nothing, those of a visible one do. Copies too."""
     torch.manual_seed(0)
     backbone = Backbone(MODEL, TINY).eval()
     images, mask = torch.randn(2, 3, 32, 32), torch.zeros(2, 2, 2, dtype=torch.bool)
