@@ -46,7 +46,7 @@ def sample_views(
         locals_: V, local crops of each image.
         with_high: whether global crops are wanted at twice the resolution too.
         global_area, local_area: least and largest share of the image that a crop covers.
-        jitter: largest change of contrast, as a share; of brightness twice that, in standard deviations.
+        jitter: change of contrast, as a share; brightness: twice that, in standard deviations.
     """
     large, high, small = [], [], []
     for _ in range(2):
