@@ -223,13 +223,21 @@ def scalar(value: Any) -> Tensor:
 def run(
     case: Case, f: Callable[..., Any], given: list[Tensor], autocast: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Value, then gradients to the arguments that have one; the backward pass outside autocast."""
+    """Value, gradients to the arguments that have one, gradients to the parameters.
+
+    The backward pass runs outside autocast, as PyTorch recommends.
+    """
     count = len(given) - case.constants
     leaves = [x.detach().requires_grad_() for x in given[:count]]
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         value = f(*leaves, *given[count:])
+    leaves += parameters(f)
     value = scalar(value) if not isinstance(value, Tensor) or value.dim() else value
     return [value.detach(), *torch.autograd.grad(value, leaves, materialize_grads=True)]
+
+
+def parameters(f: Callable[..., Any]) -> list[Tensor]:
+    return list(f.parameters()) if isinstance(f, nn.Module) else []
 
 
 def assert_equal_bits(a: list[Tensor], b: list[Tensor]) -> None:
@@ -256,8 +264,9 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype, case: Case) -
     expected, *wide = run(case, f, [x.float() for x in given])
     assert_equal_bits([value], [expected])
     assert value.dtype == torch.float32
-    for x, y in zip(gradients, wide, strict=True):
-        assert x.dtype == dtype
+    inputs = len(given) - case.constants
+    for i, (x, y) in enumerate(zip(gradients, wide, strict=True)):
+        assert x.dtype == (dtype if i < inputs else torch.float32)
         largest = float(y.abs().max())
         torch.testing.assert_close(x.float(), y, rtol=0, atol=2 * torch.finfo(dtype).eps * largest)
 
@@ -290,7 +299,7 @@ def test_the_backward_pass_may_repeat_under_any_factor(case: Case) -> None:
     """A retained graph gives the same gradients again, times whatever comes from above."""
     f, given = case.make(), arguments(case)
     count = len(given) - case.constants
-    leaves = [x.requires_grad_() for x in given[:count]]
+    leaves = [x.requires_grad_() for x in given[:count]] + parameters(f)
     value = f(*given)
     value = scalar(value) if not isinstance(value, Tensor) or value.dim() else value
     once = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
@@ -311,6 +320,7 @@ def test_inputs_are_left_alone_and_repeats_have_equal_bits(case: Case) -> None:
     first = run(case, f, given)
     assert_equal_bits(run(case, f, given), first)
     assert_equal_bits(given, before)
+    assert all(x._version == 0 for x in given)
 
 
 @cases()

@@ -1,4 +1,4 @@
-"""The losses in a training loop: accumulation, repeated backward, evaluation, copies."""
+"""The losses in a training loop: accumulation, evaluation, copies."""
 
 import copy
 import io
@@ -32,29 +32,6 @@ def test_accumulating_micro_batches_is_summing_their_gradients(
 
 
 @each_loss
-def test_repeated_backward(make: Callable[[], HighOrderPLLoss]) -> None:
-    loss = make()
-    image, text = features(9, dtype=torch.float32)
-    value = loss(image, text, 20.0)
-    leaves = [image, text, *loss.parameters()]
-    first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
-    tripled = torch.autograd.grad(3 * value, leaves)
-    for a, b, c in zip(first, second, tripled, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(c, 3 * a)
-
-
-@each_loss
-def test_features_are_unchanged(make: Callable[[], HighOrderPLLoss]) -> None:
-    image, text = features(9, dtype=torch.float32)
-    scale, before = torch.tensor(20.0), [image.detach().clone(), text.detach().clone()]
-    make()(image, text, scale).backward()
-    assert [x._version for x in (image, text, scale)] == [0, 0, 0]
-    assert torch.equal(image, before[0])
-    assert torch.equal(text, before[1])
-
-
-@each_loss
 def test_evaluation_without_grad(make: Callable[[], HighOrderPLLoss]) -> None:
     """eval() changes nothing; neither does the absence of gradients."""
     loss = make()
@@ -67,15 +44,6 @@ def test_evaluation_without_grad(make: Callable[[], HighOrderPLLoss]) -> None:
             assert not value.requires_grad
             assert torch.equal(value, trained)
             assert loss.last_stats
-
-
-@each_loss
-def test_non_contiguous_features(make: Callable[[], HighOrderPLLoss]) -> None:
-    loss = make()
-    image, text = features(9, dtype=torch.float32, grad=False)
-    strided = torch.stack([image, text], 2)
-    value = loss(strided[..., 0], text.T.contiguous().T, 20.0)
-    torch.testing.assert_close(value, loss(image, text, 20.0))
 
 
 # ---------------------------------------------------------------- copies
