@@ -64,7 +64,7 @@ def _draw_bars(
         axes.bar(at, values, width * 0.92, yerr=spread, color=colour, label=row.label)
         for x, value in zip(at, values, strict=True):
             axes.annotate(
-                f"{value:.0f}", (x, max(value, 0)), ha="center", va="bottom", fontsize=7,
+                f"{value:.0f}", (x, max(value, 0)), ha="center", va="bottom", fontsize=6,
                 xytext=(0, 1), textcoords="offset points",
             )  # fmt: skip
     for place, metric in enumerate(metrics):
@@ -72,7 +72,11 @@ def _draw_bars(
             chance = 100 * metric.chance
             axes.hlines(chance, place - 0.45, place + 0.45, "black", "dotted", linewidth=1)
     axes.set_xticks(range(len(metrics)), [_short(m.label) for m in metrics], fontsize=8)
-    axes.set(title=f"{title} (dotted: chance)", ylim=(min(0, axes.get_ylim()[0]), 108))
+    axes.set(
+        title=f"{title} (dotted: chance)",
+        ylim=(min(0, axes.get_ylim()[0]), 140),
+        yticks=range(0, 101, 20),
+    )
 
 
 def _short(label: str) -> str:

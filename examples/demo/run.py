@@ -188,7 +188,8 @@ class Demo:
         return (
             f"Every row: {scenes.train} scenes, {training.epochs} epochs of batches of "
             f"{training.batch_size} ({steps} steps) without augmentation, the same initial weights "
-            f"and order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads."
+            f"and order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads. "
+            "Rows differ in parameters and in CPU seconds per step."
         )
 
     def _report(self, rows: list[TrainedRow], notes: list[str]) -> None:
