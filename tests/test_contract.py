@@ -165,6 +165,7 @@ CASES = {
     "likelihood, blocked": Case(lambda: likelihood("blocked"), SCORES),
     "likelihood, reference": Case(lambda: likelihood("reference"), SCORES),
     "gram": Case(GramLoss, TOKENS, constants=1),
+    "gram, reference": Case(lambda: GramLoss(impl="reference"), TOKENS, constants=1),
     "gram, batch, clamped": Case(lambda: GramLoss("batch", "clamp"), TOKENS, constants=1),
     "gram, teacher clamped": Case(lambda: GramLoss(negatives="clamp_teacher"), TOKENS, constants=1),
     "gram distance, blocked": Case(

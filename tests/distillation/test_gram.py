@@ -116,7 +116,7 @@ TABLE = [  # cosines of student and teacher; keep, clamp, clamp_teacher; DINOv3'
 
 
 def two_tokens(cosine: float) -> Tensor:
-    """Of an image; twice that far apart in length."""
+    """Two tokens of an image with this cosine, one twice as long as the other."""
     return torch.tensor([[[2.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]]], dtype=torch.float64)
 
 
