@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Settings()
     parser.add_argument("--out", type=Path, default=Path("runs/self_distillation"))
     parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
+    parser.add_argument("--end", type=int, help="take so many steps of the schedule and no more")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--fresh", action="store_true", help="discard a run of other settings")
     options = parser.parse_args(arguments)
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Settings(steps=options.steps, seed=options.seed),
                 options.out,
                 stop,
+                end=options.end,
                 fresh=options.fresh,
             )
     except (Interrupted, KeyboardInterrupt) as error:

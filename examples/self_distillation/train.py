@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.cc3m.checkpoint import Checkpoints, restore_training, training_tensors
-from examples.cc3m.files import claim_directory, write_atomically, write_json
+from examples.cc3m.files import claim_directory, read_json, write_atomically, write_json
 from examples.cc3m.generators import seed_generators
 from examples.cc3m.signals import Interrupted, StopRequest
 from examples.demo.drawing import draw
@@ -29,16 +29,31 @@ from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def train(settings: Settings, out: Path, stop: StopRequest, *, fresh: bool = False) -> Path:
+def train(
+    settings: Settings,
+    out: Path,
+    stop: StopRequest,
+    *,
+    end: int | None = None,
+    fresh: bool = False,
+) -> Path:
     """Train, or go on training; the file of the teacher's weights.
+
+    Args:
+        settings: the recipe.
+        out: folder of the run.
+        stop: asked after every step.
+        end: take so many of the schedule's steps and no more; None takes all.
+        fresh: discard a run of other settings.
 
     Raises:
         UserError: `out` holds a run of other settings.
         Interrupted: a signal asked to stop; what was done is in a checkpoint.
     """
     claim_directory(out, asdict(settings), fresh=fresh)
-    weights = out / "teacher.safetensors"
-    if weights.exists():
+    end = settings.steps if end is None else min(end, settings.steps)
+    weights, told = out / "teacher.safetensors", out / "teacher.json"
+    if weights.exists() and read_json(told)["steps_taken"] >= end:
         return weights
     seed_generators(settings.seed)
     network = Network(settings.model, settings.options, prototypes=settings.objective.prototypes)
@@ -50,8 +65,8 @@ def train(settings: Settings, out: Path, stop: StopRequest, *, fresh: bool = Fal
         restore_training(distillation, optimizer, found)
         step, history = found.state["step"], found.state["history"]
     images = scene_images(settings.scenes)
-    with tqdm(total=settings.steps, initial=step, unit="step", mininterval=2.0) as bar:
-        while step < settings.steps:
+    with tqdm(total=end, initial=step, unit="step", mininterval=2.0) as bar:
+        while step < end:
             terms = update(distillation, optimizer, images, settings, step)
             step += 1
             bar.update()
@@ -59,13 +74,13 @@ def train(settings: Settings, out: Path, stop: StopRequest, *, fresh: bool = Fal
                 history.setdefault(name, []).append(round(value, 5))
             bar.set_postfix({k.removesuffix("_loss"): f"{v:.3f}" for k, v in terms.items()})
             asked = stop.signal_number
-            if step % settings.checkpoint_steps == 0 or step == settings.steps or asked:
+            if step % settings.checkpoint_steps == 0 or step == end or asked:
                 state = {"step": step, "history": history}
                 checkpoints.save(step, training_tensors(distillation, optimizer), state)
-            if asked and step < settings.steps:
-                raise Interrupted(f"stopped after step {step} of {settings.steps}", asked)
+            if asked and step < end:
+                raise Interrupted(f"stopped after step {step} of {end}", asked)
+    write_json(told, {"settings": asdict(settings), "steps_taken": step, "history": history})
     export(distillation.teacher.backbone.model, weights)
-    write_json(out / "teacher.json", {"settings": asdict(settings), "history": history})
     return weights
 
 

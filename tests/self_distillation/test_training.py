@@ -1,5 +1,6 @@
 """The recipe itself: schedules, what moves, and runs that are stopped and go on."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(tmp_path: Path)
     with pytest.raises(Interrupted, match="after step 3 of 10"):
         train(TINY, tmp_path / "parts", StopAfter(2))
     assert not (tmp_path / "parts/teacher.safetensors").exists()
+    early = train(TINY, tmp_path / "parts", StopRequest(), end=7)
+    assert early.read_bytes() != whole.read_bytes()
+    assert json.loads((tmp_path / "parts/teacher.json").read_text())["steps_taken"] == 7
     parts = train(TINY, tmp_path / "parts", StopRequest())
     assert parts.read_bytes() == whole.read_bytes()
     options = {**TINY.options, "checkpoint_path": str(whole)}
