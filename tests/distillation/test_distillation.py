@@ -1,11 +1,4 @@
-<<<<<<<< HEAD:tests/distillation/test_distillation.py
 """Half-precision teachers, rounding, resizing and errors of the distillation losses."""
-========
-"""Student and teacher: dtypes of both, rounding, who gets gradient; errors of all these losses.
-
-What every loss must do, in any dtype and transform, is tested by test_contract.py.
-"""
->>>>>>>> 60d315d (Distillation's modes are tested by the contract that all losses share):tests/distillation/test_pairs.py
 
 from collections.abc import Callable
 from typing import Any
@@ -31,31 +24,45 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "gram, reference": lambda: GramLoss(impl="reference"),
     "distance": RelationalDistanceLoss,
     "angle": RelationalAngleLoss,
+    "koleo": KoLeoLoss,
+    "koleo, groups": lambda: KoLeoLoss(2, group_size=3),
 }
 each_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES.keys())
+each_with_teacher = pytest.mark.parametrize(
+    "make",
+    [make for name, make in LOSSES.items() if "koleo" not in name],
+    ids=[name for name in LOSSES if "koleo" not in name],
+)
+HALF = [torch.bfloat16, torch.float16]
 
 
-def inputs(loss: nn.Module) -> list[Tensor]:
-    """Student and teacher, float32."""
+def inputs(loss: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Student, and teacher where there is one."""
     shape = (2, 6) if isinstance(loss, GramLoss) else (6,)
-    student, teacher = random_features(*shape, 5), random_features(*shape, 7, seed=1000)
-    return [student.float(), teacher.float()]
+    student = random_features(*shape, 5, seed=seed, dtype=dtype)
+    if isinstance(loss, KoLeoLoss):
+        return [student]
+    return [student, random_features(*shape, 7, seed=seed + 1000, dtype=dtype)]
 
 
-def value_and_gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Tensor) -> list[Tensor]:
+def value_and_gradient(
+    loss: Callable[..., Tensor], student: Tensor, *rest: Tensor, autocast: torch.dtype | None = None
+) -> list[Tensor]:
     leaf = student.detach().requires_grad_()
-    value = loss(leaf, *rest)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        value = loss(leaf, *rest)
     return [value.detach(), gradient(value, leaf)]
+
+
+def assert_equal_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    assert [x.dtype for x in a] == [x.dtype for x in b]
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ---------------------------------------------------------------- precision
 
 
-<<<<<<<< HEAD:tests/distillation/test_distillation.py
 @each_with_teacher
-========
-@each_loss
->>>>>>>> 60d315d (Distillation's modes are tested by the contract that all losses share):tests/distillation/test_pairs.py
 def test_a_float64_teacher_decides(make: Callable[[], nn.Module]) -> None:
     loss = make()
     student, teacher = inputs(loss)
@@ -102,7 +109,7 @@ def test_resized_teachers_never_get_gradient() -> None:
     assert student.grad is not None
 
 
-@each_loss
+@each_with_teacher
 def test_a_student_may_be_its_own_teacher(make: Callable[[], nn.Module]) -> None:
     loss = make()
     student, _ = inputs(loss)
@@ -113,15 +120,12 @@ def test_a_student_may_be_its_own_teacher(make: Callable[[], nn.Module]) -> None
     assert d_student.abs().max() < 1e-6
 
 
-<<<<<<<< HEAD:tests/distillation/test_distillation.py
 # ---------------------------------------------------------------- backward
 
 
 # ---------------------------------------------------------------- transforms
 
 
-========
->>>>>>>> 60d315d (Distillation's modes are tested by the contract that all losses share):tests/distillation/test_pairs.py
 @pytest.mark.parametrize("level", ["image", "batch"])
 def test_compile_with_mask_and_grids(level: Any) -> None:
     student, teacher = random_features(2, 6, 4), random_features(2, 24, 5, seed=1)
