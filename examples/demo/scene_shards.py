@@ -154,26 +154,23 @@ def _rng(settings: SceneSettings, *purpose: object) -> random.Random:
 
 
 def _write_split(directory: Path, split: str, settings: SceneSettings) -> int:
+    """Write a split's shards and their statistics; return the number of samples."""
     directory.mkdir()
-    scenes = enumerate(_SPLITS[split](settings))
-    total = 0
-    for shard in itertools.count():
-        chunk = list(itertools.islice(scenes, settings.per_shard))
-        if not chunk:
-            return total
-        stem = f"{shard:05d}"
+    scenes = list(_SPLITS[split](settings))
+    omit = settings.omit if split == "train" else 0.0
+    for shard, start in enumerate(range(0, len(scenes), settings.per_shard)):
+        chunk = scenes[start : start + settings.per_shard]
+        stem = directory / f"{shard:05d}"
         with (
-            open(directory / f"{stem}.tar", "wb") as file,
+            open(f"{stem}.tar", "wb") as file,
             wds.TarWriter(file, encoder=False, mtime=0) as tar,
         ):
-            for row, (index, scene) in enumerate(chunk):
-                rng = _rng(settings, split, "picture", index)
-                omit = settings.omit if split == "train" else 0.0
-                tar.write(_sample(scene, f"{stem}{row:04d}", rng, omit, settings.image_size))
-        stats = {"count": len(chunk), "successes": len(chunk)}
-        write_json(directory / f"{stem}_stats.json", stats)
-        total += len(chunk)
-    raise AssertionError("itertools.count does not end")
+            for row, scene in enumerate(chunk):
+                rng = _rng(settings, split, "picture", start + row)
+                key = f"{shard:05d}{row:04d}"
+                tar.write(_sample(scene, key, rng, omit, settings.image_size))
+        write_json(Path(f"{stem}_stats.json"), {"count": len(chunk), "successes": len(chunk)})
+    return len(scenes)
 
 
 def _sample(scene: Scene, key: str, rng: random.Random, omit: float, size: int) -> dict[str, Any]:
