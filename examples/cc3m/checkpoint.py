@@ -1,13 +1,17 @@
 """Training runs in safetensors files: tensors by name, everything else as JSON in their headers.
 
-Nothing is unpickled on loading. A file is written under a temporary name, flushed to disk and
-renamed, so that a run killed at any moment finds its last whole checkpoint.
+Nothing is unpickled on loading (which is why torch.distributed.checkpoint gathers and shards the
+state here, but its own files, whose index is a pickle, are not used). A file has a checksum, is
+written under a temporary name, flushed to disk and renamed: a run killed at any moment finds its
+last whole checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +19,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
-from examples.cc3m.files import UserError, write_atomically
+from examples.cc3m.files import UserError, write_atomically, write_json
 
 LOG = logging.getLogger(__name__)
+IN_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
+IN_EACH = StateDictOptions(full_state_dict=True)
 
 
 class Checkpoint(NamedTuple):
-    """What `Checkpoints.save` was given, and where it is."""
+    """Contents of a file, and where it is."""
 
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    checksum: int
 
 
 class Checkpoints:
@@ -35,24 +49,38 @@ class Checkpoints:
 
     Args:
         folder: made when the first one is saved.
-        keep: how many stay.
+        keep: how many stay, besides those that are saved for good.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
 
     def paths(self) -> list[Path]:
-        """From the oldest to the newest."""
+        """Return the files from the oldest to the newest."""
         return sorted(self.folder.glob("step_*.safetensors"))
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        for_good: bool = False,
+    ) -> Path:
         """Write a checkpoint, then remove those before the last `keep`.
+
+        Args:
+            step: after which it was made.
+            tensors, state: its contents; the state is JSON-able.
+            for_good: never remove it.
 
         Raises:
             UserError: it cannot be written, for example because the disk is full; the ones before
                 are untouched.
         """
-        path = self.folder / f"step_{step:08d}.safetensors"
+        path = self.folder / f"step_{step:08d}{'_kept' * for_good}.safetensors"
         try:
             save_tensors(path, tensors, state)
         except (OSError, SafetensorError) as error:
@@ -62,12 +90,39 @@ class Checkpoints:
                 f"could not write the checkpoint {path} ({error}); {last}. Make room on that disk, "
                 "then run the same command to go on from there"
             ) from error
-        for old in self.paths()[: -self.keep]:
+        passing = [each for each in self.paths() if not each.stem.endswith("_kept")]
+        for old in passing[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
 
+    def save_later(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        for_good: bool = False,
+    ) -> None:
+        """Write a checkpoint while training goes on; the tensors must be copies.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.wait()
+        self._writing = self._writer.submit(self.save, step, tensors, state, for_good=for_good)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole; logs which newer ones are not. None if there is none at all.
+        """Return the newest that is whole; log which newer ones are not. None if there is none.
 
         Raises:
             UserError: there are checkpoints, but none is whole.
@@ -75,7 +130,7 @@ class Checkpoints:
         torn: list[str] = []
         for path in reversed(self.paths()):
             try:
-                found = Checkpoint(path, *load_tensors(path))
+                found = load_checkpoint(path)
             except UserError as error:
                 torn.append(str(error))
                 continue
@@ -87,18 +142,75 @@ class Checkpoints:
         return None
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers on the processor, put together from all processes if sharded."""
-    return {name: _whole(value) for name, value in module.state_dict().items()}
+def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Atomically write named tensors and a JSON-able dictionary, with a checksum of both."""
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(state)
+    header = {"state": text, "checksum": str(checksum(whole, text))}
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=header))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `save_tensors` wrote; raises as `load_checkpoint`."""
+    found = load_checkpoint(path)
+    return found.tensors, found.state
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return what `save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the file cannot be read, is damaged, or another program wrote it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, expected = header["state"], int(header["checksum"])
+        state = json.loads(text)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own error class, OSError, KeyError, ...
+        raise UserError(f"{path} is not readable ({error})") from error
+    if checksum(tensors, text) != expected:
+        raise UserError(f"{path} is not readable (its checksum differs: bytes have changed)")
+    return Checkpoint(path, tensors, state, expected)
+
+
+def checksum(tensors: dict[str, Tensor], text: str = "") -> int:
+    """Return the CRC-32 of a text and of contiguous tensors on the CPU, with their names."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        flat = tensors[name].reshape(-1)
+        if flat.numel():
+            value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
+    return value
+
+
+# ---------------------------------------------------------------- modules and optimizers
+
+
+def whole_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Tensor]:
+    """Gather weights and buffers, copied: on the CPU of the first process, {} in the others.
+
+    Args:
+        module: of which every process has a shard or a copy; every process must take part.
+        everywhere: in every process, on its own device.
+    """
+    state: Any = get_model_state_dict(module, options=IN_EACH if everywhere else IN_FIRST)
+    return {name: value.clone() for name, value in state.items()}
 
 
 def training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights, buffers and the optimizer's state, by name. Every process must take part if the
-    parameters are sharded."""
+    """Gather weights, buffers and the optimizer's state, by name, as `whole_state` does."""
     tensors = {f"module.{name}": value for name, value in whole_state(module).items()}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = _whole(value)
+    if optimizer.state:  # else asking for it would make one
+        slots: Any = get_optimizer_state_dict(module, optimizer, options=IN_FIRST).get("state", {})
+        for name, values in slots.items():
+            for key, value in values.items():
+                tensors[f"optimizer.{name}.{key}"] = value.clone()
     return tensors
 
 
@@ -118,44 +230,39 @@ def restore_training(
             f"{found.path} belongs to another model (different {wrong[0]}, {len(wrong)} in all); "
             "choose another folder for this run, or remove it to start over"
         )
-    with torch.no_grad():
-        for name, value in there.items():
-            value.copy_(_like(value, weights[name]))
     slots = strip(found.tensors, "optimizer.")
-    for name, parameter in module.named_parameters():
-        values = strip(slots, f"{name}.")
-        if values:
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key == "step" else _like(parameter, value)
-                for key, value in values.items()
-            }
+    if slots:
+        _restore_optimizer(module, optimizer, slots)
+    whole: Any = {name: value.reshape(there[name].shape) for name, value in weights.items()}
+    set_model_state_dict(module, whole, options=IN_EACH)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Atomically write named tensors and a JSON-able dictionary."""
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"state": json.dumps(state)}
-    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=header))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote.
-
-    Raises:
-        UserError: the file is damaged, or another program wrote it.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors' own error class, KeyError, JSONDecodeError, ...
-        raise UserError(f"{path} is not readable ({error}); remove it to start over") from error
+def _restore_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, slots: dict[str, Tensor]
+) -> None:
+    state: Any = get_optimizer_state_dict(module, optimizer)
+    parameters = dict(module.named_parameters())
+    saved = {name: strip(slots, f"{name}.") for name in parameters}
+    state["state"] = {
+        name: {
+            key: saved[name][key].reshape(() if key == "step" else parameters[name].shape)
+            if key in saved[name]
+            else value
+            for key, value in values.items()
+        }
+        for name, values in state["state"].items()
+    }
+    set_optimizer_state_dict(module, optimizer, state, options=IN_EACH)
+    for name, parameter in parameters.items():
+        if not saved[name]:  # it had no gradient yet
+            optimizer.state.pop(parameter, None)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key != "step" and not isinstance(value, DTensor):  # fused ones want its layout
+                optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
 
 
 def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with `prefix`, without it."""
+    """Return those whose names begin with `prefix`, without it."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
@@ -163,15 +270,44 @@ def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _whole(value: Tensor) -> Tensor:
-    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().cpu()
+# ---------------------------------------------------------------- for open_clip
+
+WEIGHTS = "open_clip_model.safetensors"
+PREPROCESSING = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+"""open_clip's own for these models, which training used."""
 
 
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """In a parameter's shape, memory layout and shards, which fused optimizers want of a state."""
-    value = value.reshape(parameter.shape)
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def export(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """Write the model alone; all that a recipe put around it goes to towers.safetensors.
+
+        open_clip.create_model("ViT-B-16", pretrained="<folder>/open_clip_model.safetensors")
+        open_clip.create_model("local-dir:<folder>")             # any model, also "tiny"
+
+    Args:
+        folder: made if missing.
+        config: the model's, in the format of open_clip's model_configs.
+        state: of the whole module, by name.
+
+    Returns:
+        The file with the model's weights.
+    """
+    scalars = ("logit_scale", "logit_bias")  # which FSDP2 makes tensors of one element
+    model = {
+        k: v.reshape(()) if k in scalars else v.contiguous()
+        for k, v in strip(state, "model.").items()
+    }
+    others = {k: v.contiguous() for k, v in state.items() if not k.startswith("model.")}
+    preprocessing = {**PREPROCESSING, "size": config["vision_cfg"]["image_size"]}
+    write_json(
+        folder / "open_clip_config.json",
+        {"model_cfg": config, "preprocess_cfg": preprocessing},
+    )
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(model, temporary))
+    if others:
+        write_atomically(folder / "towers.safetensors", lambda path: save_file(others, path))
+    return folder / WEIGHTS

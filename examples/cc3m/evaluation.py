@@ -1,107 +1,129 @@
-"""Measures of a two-tower model, as functions of its unit-norm features."""
+"""Measures after an epoch: retrieval, zero-shot classification, and how the features lie.
+
+All processes take part, each with its share of the data.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
-import open_clip
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from examples.cc3m.files import UserError
+from examples.cc3m.loader import ShardLoader
+from examples.cc3m.parallel import Parallel, StopRequest
+from examples.cc3m.settings import DTYPES, EvaluationSettings, Precision
+from examples.cc3m.shards import expand_shards
+from examples.cc3m.zero_shot import Classification, in_step, zero_shot
 from examples.evaluation.gap import alignment, modality_gap, uniformity
-from examples.evaluation.retrieval import recall_at, retrieval
+from examples.evaluation.retrieval import retrieval
 
-__all__ = [
-    "alignment",
-    "class_embeddings",
-    "encode",
-    "match_ranks",
-    "mean_and_error",
-    "modality_gap",
-    "recall_at",
-    "retrieval",
-    "spearman",
-    "uniformity",
-    "zero_shot_hits",
-]
-
-CHUNK = 256
-"""Samples encoded at a time."""
+Item = TypeVar("Item")
+Transform = Callable[[Image.Image], Tensor]
+Tokenize = Callable[[list[str]], Tensor]
 
 
-def match_ranks(similarity: Tensor) -> Tensor:
-    """Place of each row's match among its candidates, 1 being the best.
+class Evaluator:
+    """Measure a model on data that it was not trained on.
 
     Args:
-        similarity: (N, N), the match of row i is column i.
+        settings: what is measured, on which data.
+        transform: PIL RGB -> (3, H, W), without augmentation.
+        tokenize: captions -> (B, L) int64.
+        parallel: processes among which the data are divided.
+        precision: of the model, as in training.
+        workers: processes that decode for each process.
 
-    Returns:
-        (N,) int64. Candidates as similar as the match count as better ones, so that a collapsed
-        model ranks last, not first.
+    Raises:
+        UserError: the data are not there.
     """
-    return (similarity >= similarity.diagonal()[:, None]).sum(1)
 
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        transform: Transform,
+        tokenize: Tokenize,
+        parallel: Parallel,
+        precision: Precision = "fp32",
+        workers: int = 0,
+    ) -> None:
+        self.settings, self.parallel, self.tokenize = settings, parallel, tokenize
+        self.precision = precision
+        self.shards: list[str] | None = None
+        self.classification: Classification | None = None
+        if settings.pairs is not None:
+            try:
+                self.shards = expand_shards(settings.pairs)
+            except ValueError as error:
+                raise UserError(f"--evaluation.pairs: {error}") from error
+        if settings.images is not None:
+            self.classification = Classification(settings.images, settings.classes, transform)
+        self.transform, self.workers = transform, workers
 
-def spearman(scores: Tensor, relevance: Tensor) -> Tensor:
-    """Rank correlation of scores with graded relevance, of each row.
+    def missing(self) -> list[str]:
+        """Name what will not be measured, and the option that would change it."""
+        told = []
+        if self.shards is None:
+            told.append("no retrieval, modality gap, alignment, uniformity (--evaluation.pairs)")
+        if self.classification is None:
+            told.append("no zero-shot classification (--evaluation.images)")
+        return told
 
-    Args:
-        scores, relevance: (N, M); ties share the mean of their places.
+    @torch.no_grad()
+    def __call__(self, towers: nn.Module, stop: StopRequest) -> dict[str, float]:
+        """Return named measures of a model in evaluation mode; the same in every process.
 
-    Returns:
-        (N,) in [-1, 1], and 0 for a row that is constant in either.
-    """
-    a, b = _centred_places(scores), _centred_places(relevance)
-    lengths: Tensor = a.norm(dim=1) * b.norm(dim=1)
-    return (a * b).sum(1) / lengths.clamp(min=1e-12)
+        Raises:
+            Stopped: some process was asked to stop meanwhile.
+        """
+        measured: dict[str, float] = {}
+        with self._autocast():
+            if self.shards is not None:
+                measured |= self._pairs(towers, self.shards, stop)
+            if self.classification is not None:
+                measured |= zero_shot(
+                    towers,
+                    self.classification,
+                    self.tokenize,
+                    self.settings.batch_size,
+                    self.parallel.device,
+                    lambda: stop.wanted,
+                    self.parallel,
+                    self.workers,
+                )
+        return measured
 
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = DTYPES.get(self.precision)
+        kind = self.parallel.device.type
+        return nullcontext() if dtype is None else torch.autocast(kind, dtype)
 
-def _centred_places(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    ordered = x.sort(dim=1).values.contiguous()
-    below = torch.searchsorted(ordered, x)
-    upto = torch.searchsorted(ordered, x, right=True)
-    places = (below + upto).double() / 2
-    return places - places.mean(1, keepdim=True)
-
-
-def zero_shot_hits(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is nearest to its own class.
-
-    Args:
-        images: (N, D) unit-norm.
-        classes: (C, D), from `class_embeddings`.
-        labels: (N,) int64 class of each image.
-
-    Returns:
-        (N,) bool.
-    """
-    return (images @ classes.T).argmax(1) == labels
-
-
-@torch.no_grad()
-def encode(model: open_clip.CLIP, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit-norm features, two of (N, D), of (N, 3, H, W) images and (N, L) tokens."""
-    model.eval()
-    image_features = [model.encode_image(x, normalize=True) for x in torch.split(images, CHUNK)]
-    text_features = [model.encode_text(x, normalize=True) for x in torch.split(texts, CHUNK)]
-    return torch.cat(image_features), torch.cat(text_features)
-
-
-@torch.no_grad()
-def class_embeddings(
-    model: open_clip.CLIP, tokenize: Callable[[list[str]], Tensor], prompts: Sequence[list[str]]
-) -> Tensor:
-    """Zero-shot classifier, (C, D) unit-norm: the mean embedding of each class's prompts."""
-    means = []
-    for texts in prompts:
-        means.append(model.encode_text(tokenize(texts), normalize=True).mean(0))
-    return nn.functional.normalize(torch.stack(means), dim=1)
-
-
-def mean_and_error(outcomes: Tensor) -> tuple[float, float]:
-    """Mean of N outcomes and its standard error (NaN for a single one)."""
-    values = outcomes.double()
-    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return float(values.mean()), error
+    def _pairs(self, towers: Any, shards: list[str], stop: StopRequest) -> dict[str, float]:
+        mine = shards[self.parallel.rank :: self.parallel.world_size]
+        batches: Iterator[Any] = iter(())
+        if mine:
+            batches = ShardLoader(
+                mine,
+                self.transform,
+                self.tokenize,
+                self.settings.batch_size,
+                workers=min(self.workers, len(mine)),
+                max_broken=1.0,
+            ).epoch()
+        images, texts = [], []
+        for batch in in_step(batches, lambda: stop.wanted, self.parallel):
+            moved = batch.to(self.parallel.device)
+            images.append(towers.encode_image(moved.images).float().cpu())
+            texts.append(towers.encode_text(moved.texts).float().cpu())
+        everyones = self.parallel.gather((images, texts))
+        v, t = (torch.cat([x for each in everyones for x in each[k]]) for k in (0, 1))
+        return {
+            **retrieval(v, t),
+            "modality_gap": modality_gap(v, t),
+            "alignment": alignment(v, t),
+            "uniformity": uniformity(v, t),
+        }

@@ -35,6 +35,10 @@ FORMAT = 1
 """Raise it whenever features of the same settings change."""
 
 
+WRITTEN = ("settings.json", "manifest.json", "pca.*", "*.tar", "*_stats.json")
+"""All that extraction writes into its folder of features, and all that --fresh removes there."""
+
+
 @dataclass
 class Progress:
     """What the run has done."""
@@ -106,7 +110,7 @@ def extract(options: argparse.Namespace) -> Progress:
     teacher = _teacher(options)
     given = _load_pca(options.pca, teacher) if options.pca else None
     settings = _settings(options, teacher, given)
-    claim_directory(folder.path, settings, fresh=options.fresh)
+    claim_directory(folder.path, settings, fresh=options.fresh, written=WRITTEN)
     extractor = Extractor(
         teacher, options.resolution, options.batch_size, options.workers, options.precision
     )

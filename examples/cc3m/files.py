@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -16,7 +18,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # the suffix that `write` sees is not path's
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it, which not all writers respect
         write(temporary)
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -64,36 +69,114 @@ class SettingsChanged(UserError):
     """A folder holds results of other settings."""
 
 
-def claim_directory(path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+RUN_FILES = (
+    "settings.json",
+    "settings_changed.jsonl",
+    "config.yaml",
+    "results.jsonl",
+    "curves.png",
+    "train.log",
+    "status",
+    "checkpoints/step_*.safetensors",
+    "checkpoints/skipped_*.jsonl",
+    "export/*",
+    "tensorboard/events.out.tfevents.*",
+)
+"""All that a training run writes into its folder, and all that --fresh may remove there."""
+
+
+def claim_directory(
+    path: Path,
+    settings: dict[str, Any],
+    *,
+    fresh: bool = False,
+    changeable: Sequence[str] = (),
+    written: Sequence[str] = RUN_FILES,
+) -> None:
     """Tie a run's folder to its settings, written there as settings.json.
 
     Args:
         path: folder of one run; made if missing.
         settings: all that determines the result, JSON-able.
-        fresh: throw away what a run with other settings left.
+        fresh: remove what a run with other settings wrote there; other files stay.
+        changeable: names of settings ("train.learning_rate") that may differ; they are replaced,
+            and settings_changed.jsonl gets a line.
+        written: patterns of the files that a run writes.
 
     Raises:
         SettingsChanged: the folder belongs to other settings and `fresh` is False.
+        UserError: the folder holds files of such names that no run has written, or cannot be
+            written to.
     """
     settings = json.loads(json.dumps(settings))
     marker = path / "settings.json"
-    if marker.exists() and read_json(marker) != settings:
-        if not fresh:
-            changes = _differences(read_json(marker), settings)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            _refuse_strangers(path, written)
+            write_json(marker, settings)
+            return
+        old = read_json(marker)
+        changes = _differences(old, settings)
+        if fresh and changes:
+            _remove_written(path, written)
+        elif changes.keys() - set(changeable):
+            shown = [f"{k}: {a} -> {b}" for k, (a, b) in changes.items()][:5]
+            told = ", ".join(shown + ["..."] * (len(changes) > 5))
             raise SettingsChanged(
-                f"{path} holds a run with other settings ({changes}); choose another --out, or "
+                f"{path} holds a run with other settings ({told}); choose another --out, or "
                 "pass --fresh to start it over"
             )
-        shutil.rmtree(path)
-    if not marker.exists():
-        write_json(marker, settings)
+        elif changes:
+            with (path / "settings_changed.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(changes) + "\n")
+        if changes:
+            write_json(marker, settings)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written to ({error}); choose another --out") from error
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _refuse_strangers(path: Path, written: Sequence[str]) -> None:
+    strangers = [found.name for pattern in written for found in path.glob(pattern)]
+    if strangers:
+        raise UserError(
+            f"{path} holds {strangers[0]}, which no run of this script wrote; choose another --out"
+        )
+
+
+def _remove_written(path: Path, written: Sequence[str]) -> None:
+    for pattern in written:
+        for found in path.glob(pattern):
+            found.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other programs from a folder that one is writing to; the lock dies with its process.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing to {path}; wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written to ({error}); choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[object, object]]:
     a, b = _flatten(old), _flatten(new)
-    changed = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-    shown = [f"{name}: {a.get(name)} -> {b.get(name)}" for name in changed[:5]]
-    return ", ".join(shown + (["..."] if len(changed) > 5 else []))
+    names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+    return {name: (a.get(name), b.get(name)) for name in names}
 
 
 def _flatten(data: object, prefix: str = "") -> dict[str, object]:

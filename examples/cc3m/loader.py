@@ -1,21 +1,24 @@
-"""Batches from webdataset shards: the demo's scenes, CC3M, and the like.
+"""Batches from webdataset shards, and where in the data a run stands after each of them.
 
 The order is a function of (seed, epoch, rank, worker), augmentation of (seed, epoch, sample), and
-every batch says how far it got, so that a run stopped between two batches continues exactly.
-Samples that cannot be read are counted and left out.
+every batch says how far it got: a run stopped between two batches goes on exactly, and with another
+number of processes or workers it leaves out only the samples that it has trained on. Samples that
+cannot be read are counted and left out.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from examples.cc3m.batches import Batch, Position, ShardOrder
 from examples.cc3m.features import FeatureReader, Features
 from examples.cc3m.files import UserError
+from examples.cc3m.parallel import SIGNALS
 from examples.cc3m.shards import (
     Failures,
     SampleError,
@@ -40,6 +43,167 @@ from examples.cc3m.shards import (
 LOG = logging.getLogger(__name__)
 FREE_FAILURES = 20
 """Broken samples that are never reason enough to stop."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of B samples, and where their stream stands after them."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalised by the transform."""
+    texts: Tensor
+    """(B, L) int64 tokens."""
+    records: list[dict[str, Any]]
+    """The json of each sample if asked for, else empty."""
+    stream: int
+    consumed: int
+    """Samples the stream has given since the epoch began, broken ones included."""
+    faults: dict[str, int] = field(default_factory=dict)
+    """What was wrong with samples since the stream's last batch, by kind."""
+    origins: list[Origin] = field(default_factory=list)
+    """Shard and place of every sample the stream gave since its last batch, broken ones too."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Samples in each shard that the stream has read to its end since its last batch."""
+    keys: list[str] = field(default_factory=list)
+    """Keys of the samples in their shards."""
+    teacher: Features | None = None
+    """Patches (B, h w, dim) and cls (B, D) float16, if the loader has features."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch with its tensors on a device."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = Features(*(x.to(device, non_blocking=True) for x in teacher))
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            texts=self.texts.to(device, non_blocking=True),
+            teacher=teacher,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Copy it to memory from which a GPU reads while the CPU goes on; DataLoader calls this."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = Features(*(x.pin_memory() for x in teacher))
+        return replace(
+            self, images=self.images.pin_memory(), texts=self.texts.pin_memory(), teacher=teacher
+        )
+
+
+Origin = tuple[int, int]
+"""Number of a shard, and the place of a sample in it."""
+ALL = -1
+"""Bits of a shard of which every sample was taken (a negative number has all bits)."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Place in the data where a run stands.
+
+    Samples of a shard that were taken are the set bits of a whole number.
+    """
+
+    epoch: int = 0
+    consumed: tuple[int, ...] = ()
+    """Samples taken from each stream; empty at the start of an epoch."""
+    next_stream: int = 0
+    taken: dict[int, int] = field(default_factory=dict)
+    """By shard, what this process took since the epoch began or `before` was made."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Samples of the shards of which this is known."""
+    before: dict[int, int] = field(default_factory=dict)
+    """By shard, what all processes took in this epoch before their number changed."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "taken": _hex(self.taken), "before": _hex(self.before)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Position:
+        return cls(
+            data["epoch"],
+            tuple(data["consumed"]),
+            data["next_stream"],
+            {int(k): int(v, 16) for k, v in data["taken"].items()},
+            {int(k): v for k, v in data["sizes"].items()},
+            {int(k): int(v, 16) for k, v in data["before"].items()},
+        )
+
+    def after(self, batch: Batch, streams: int) -> Position:
+        """Return where the run stands once a batch was trained on."""
+        consumed = list(self.consumed or (0,) * streams)
+        consumed[batch.stream] = batch.consumed
+        taken, sizes = dict(self.taken), {**self.sizes, **batch.sizes}
+        for shard, place in batch.origins:
+            taken[shard] = taken.get(shard, 0) | 1 << place
+        for shard in taken.keys() & sizes.keys():
+            if (taken[shard] | self.before.get(shard, 0)).bit_count() == sizes[shard]:
+                taken[shard] = ALL
+        return replace(
+            self,
+            consumed=tuple(consumed),
+            next_stream=(batch.stream + 1) % streams,
+            taken=taken,
+            sizes=sizes,
+        )
+
+
+def _hex(bits: dict[int, int]) -> dict[str, str]:
+    return {str(shard): hex(value) for shard, value in bits.items()}
+
+
+Unit = tuple[int, int, int]
+"""Shard, part, parts: those of a shard's samples whose place is `part` modulo `parts`."""
+UNITS_PER_STREAM = 4
+"""Least number of units that the rest of an epoch is divided into, for even shares."""
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """Order in which streams read shards: a function of (seed, epoch, rank, worker)."""
+
+    shards: int
+    seed: int
+    shuffle: bool
+
+    def share(
+        self, position: Position, rank: int, world_size: int, stream: int = 0, streams: int = 1
+    ) -> list[Unit]:
+        """Return what a process, or one of its streams, reads in this epoch, in order."""
+        numbers = list(range(self.shards))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{position.epoch}").shuffle(numbers)
+        left = [number for number in numbers if position.before.get(number) != ALL]
+        parts = 1
+        if position.before and left:
+            parts = -(-UNITS_PER_STREAM * world_size * streams // len(left))
+        units = [(number, part, parts) for number in left for part in range(parts)]
+        return units[rank::world_size][stream::streams]
+
+    def carry_over(self, positions: Sequence[Position]) -> Position:
+        """Return where another number of processes goes on, given the position of each old one.
+
+        No sample comes twice, and none is left out: what a reader had in its shuffle buffer, but
+        gave to nobody, is read again.
+        """
+        before, sizes = dict(positions[0].before), dict[int, int]()
+        for position in positions:
+            sizes |= position.sizes
+            for shard, bits in position.taken.items():
+                before[shard] = before.get(shard, 0) | bits
+        for shard, bits in before.items():
+            if bits.bit_count() == sizes.get(shard):
+                before[shard] = ALL
+        epoch = positions[0].epoch
+        if sum(bits == ALL for bits in before.values()) == self.shards:
+            return Position(epoch + 1)
+        return Position(epoch, before=before)
+
+    def endless(self, epoch: int, rank: int, stream: int) -> Iterator[Unit]:
+        """Draw shards with replacement, for epochs of a given length."""
+        rng = random.Random(f"{self.seed}/{epoch}/{rank}/{stream}/resampled")
+        while True:
+            yield rng.randrange(self.shards), 0, 1
 
 
 class ShardLoader:
@@ -66,6 +230,8 @@ class ShardLoader:
         keep: keep undecoded samples in memory after the first epoch, for small data; without
             workers only.
         max_broken: share of unreadable samples above which reading stops with an error.
+        prefetch: batches that each worker decodes ahead.
+        timeout: seconds to wait for a batch of a worker before giving up; 0 waits for ever.
 
     Raises:
         ValueError: fewer shards than streams (world_size * max(workers, 1)), or `keep` with
@@ -90,7 +256,10 @@ class ShardLoader:
         resample: bool = False,
         keep: bool = False,
         max_broken: float = 0.01,
+        prefetch: int = 2,
+        timeout: float = 0.0,
     ) -> None:
+        self.prefetch, self.timeout = prefetch, timeout
         self.shards = expand_shards(shards)
         self.transform, self.tokenize, self.batch_size = transform, tokenize, batch_size
         self.shuffle, self.seed, self.workers = shuffle, seed, workers
@@ -127,9 +296,11 @@ class ShardLoader:
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=False,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its base seed must not move the global generator
+            timeout=self.timeout if self.workers else 0,
+            prefetch_factor=self.prefetch if self.workers else None,
         )
         consumed, batches = list(position.consumed or (0,) * self.streams), 0
         for item in loader:
@@ -141,14 +312,29 @@ class ShardLoader:
                 yield item
         self._check_complete(position, sum(consumed), batches)
 
-    def own_shards(self, position: Position) -> list[str]:
-        """This process's share of the shards, in the epoch's order."""
-        numbers = self.order.share(position, self.rank, self.world_size)
-        return [self.shards[number] for number in numbers]
+    def steps_of(self, epoch: int, samples: Sequence[int], parts: int) -> int:
+        """Return how many steps a whole epoch has: as many as the process with least data takes.
+
+        Args:
+            epoch: number of the epoch, which decides who reads what.
+            samples: in each shard.
+            parts: batches of each process in a step.
+        """
+        position, shares = Position(epoch), []
+        for rank in range(self.world_size):
+            batches = 0
+            for stream in range(self.streams):
+                units = self.order.share(position, rank, self.world_size, stream, self.streams)
+                batches += sum(samples[number] for number, _, _ in units) // self.batch_size
+            shares.append(batches)
+        return min(shares) // parts
 
     def _check_complete(self, position: Position, consumed: int, batches: int) -> None:
-        shards = self.own_shards(position)
-        if not batches and not position.consumed and not position.done:
+        units = self.order.share(position, self.rank, self.world_size)
+        shards = [self.shards[number] for number, _, _ in units]
+        if position.before:
+            return  # the rest of an epoch
+        if not batches and not position.consumed:
             raise UserError(
                 f"no batch of {self.batch_size} came from {len(shards)} shards: they hold fewer "
                 f"readable samples than one batch{self._told()}"
@@ -194,14 +380,21 @@ class _End:
 
 @dataclass
 class _Reader:
-    """Of one stream: what it met so far."""
+    """State of one stream: what it met since its last batch."""
 
     failures: Failures = field(default_factory=Failures)
-    opened: int = 0
+    origins: list[Origin] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def take(self) -> dict[str, Any]:
+        """Return what a batch says of its stream, and begin anew."""
+        taken = {"faults": self.failures.take(), "origins": self.origins, "sizes": self.sizes}
+        self.origins, self.sizes = [], {}
+        return taken
 
 
 class _Epoch(IterableDataset["Batch | _End"]):
-    """What one DataLoader worker iterates over."""
+    """Data of one DataLoader worker."""
 
     def __init__(self, loader: ShardLoader, position: Position) -> None:
         self.loader, self.position = loader, position
@@ -221,6 +414,8 @@ class _Epoch(IterableDataset["Batch | _End"]):
             if consumed <= skip:
                 reader.failures.take()
                 continue
+            if not loader.resample:
+                reader.origins.append(sample["__origin__"])
             with reader.failures.counting():
                 examples.append(self._decode(sample, reader.failures))
             if len(examples) == loader.batch_size:
@@ -231,14 +426,14 @@ class _Epoch(IterableDataset["Batch | _End"]):
         yield _End(stream, consumed, reader.failures.take())
 
     def _samples(self, stream: int, reader: _Reader) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of this stream, in this epoch's order."""
+        """Yield undecoded samples of this stream, in this epoch's order."""
         loader, epoch = self.loader, self.position.epoch
-        numbers: Iterable[int] = loader.order.share(
+        units: Iterable[Unit] = loader.order.share(
             self.position, loader.rank, loader.world_size, stream, loader.streams
         )
         if loader.resample:
-            numbers = loader.order.endless(epoch, loader.rank, stream)
-        samples = (sample for number in numbers for sample in self._shard(number, reader))
+            units = loader.order.endless(epoch, loader.rank, stream)
+        samples = (sample for unit in units for sample in self._unit(unit, reader))
         if not loader.shuffle:
             return samples
         rng = random.Random(f"{loader.seed}/{epoch}/{loader.rank}/{stream}")
@@ -247,10 +442,19 @@ class _Epoch(IterableDataset["Batch | _End"]):
         )(samples)
         return shuffled
 
-    def _shard(self, number: int, reader: _Reader) -> Iterable[dict[str, Any]]:
-        """Undecoded samples of a tar file, in its order; from memory if they were kept."""
-        shard, kept = self.loader.shards[number], self.loader.kept
-        reader.opened += 1
+    def _unit(self, unit: Unit, reader: _Reader) -> Iterator[dict[str, Any]]:
+        """Yield samples of a shard, or of a part of it, that nobody has taken yet."""
+        number, part, parts = unit
+        taken = self.position.before.get(number, 0)
+        place = -1
+        for place, sample in enumerate(self._shard(self.loader.shards[number], reader)):
+            if place % parts == part and not taken >> place & 1:
+                yield {**sample, "__origin__": (number, place)}
+        reader.sizes[number] = place + 1
+
+    def _shard(self, shard: str, reader: _Reader) -> Iterable[dict[str, Any]]:
+        """Read a tar file in its order, or from memory if its samples were kept."""
+        kept = self.loader.kept
         if kept is not None and shard in kept:
             return kept[shard]
         data = read_shard(shard, reader.failures)
@@ -281,10 +485,9 @@ class _Epoch(IterableDataset["Batch | _End"]):
             [each.record for each in examples] if self.loader.records else [],
             stream,
             consumed,
-            reader.failures.take(),
-            reader.opened,
-            [each.key for each in examples],
-            Features(*map(torch.stack, zip(*teachers, strict=True))) if teachers else None,
+            keys=[each.key for each in examples],
+            teacher=Features(*map(torch.stack, zip(*teachers, strict=True))) if teachers else None,
+            **reader.take(),
         )
 
 
@@ -310,8 +513,47 @@ def _seeded(name: str) -> Iterator[None]:
         generator.set_state(state)
 
 
-def _prepare_worker(_: int) -> None:
-    """Signals reach the whole process group, but the parent decides when workers end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def prepare_worker(_: int) -> None:
+    """Leave signals, which reach the whole process group, to the process that trains."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def end_workers() -> None:
+    """Kill the processes that read; multiprocessing asks them by SIGTERM and then waits for ever.
+
+    It runs before multiprocessing's own exit handler, because it was registered after it.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(end_workers)
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy batches to a device; on a GPU one ahead, in a stream of its own."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copied() -> Batch | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            return batch.to(device)
+
+    upcoming = copied()
+    while upcoming is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        batch = upcoming
+        for tensor in (batch.images, batch.texts, *(batch.teacher or ())):
+            tensor.record_stream(current)  # its memory stays until the step has used it
+        upcoming = copied()
+        yield batch

@@ -1,27 +1,31 @@
-"""Processes that train one model together: torchrun's, with DDP or FSDP2, or this one alone."""
+"""Processes that train one model together (torchrun's, with DDP or FSDP2), and how they stop."""
 
 from __future__ import annotations
 
 import os
+import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.cc3m.files import UserError
 
 Sharding = Literal["ddp", "fsdp2"]
-PROCESSOR = torch.device("cpu")
+CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective; the others wait that long while the first process evaluates."""
+"""Longest wait for another process in a collective; no part of a run is as long as that."""
 
 
 @dataclass(frozen=True)
@@ -35,37 +39,65 @@ class Parallel:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = PROCESSOR
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Each flag is true if it is in any process. Every process must ask at the same place."""
+        """Return for each flag if it is set in any process. All must ask at the same place."""
         if self.world_size == 1:
             return list(flags)
-        shared = torch.tensor(flags, dtype=torch.int32)  # on the processor: no GPU has to wait
+        shared = torch.tensor(flags, dtype=torch.int32)  # on the CPU: no GPU has to wait
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return [bool(flag) for flag in shared]
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor on the processor, of every process; the shapes must agree."""
+    def gather(self, mine: Any) -> list[Any]:
+        """Return a picklable object of every process, by rank."""
         if self.world_size == 1:
-            return [tensor]
-        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(gathered, tensor.contiguous())
-        return gathered
+            return [mine]
+        everyones: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyones, mine)
+        return everyones
+
+    def same_for_all(self, value: Any) -> Any:
+        """Return the first process's picklable object in every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Over processes, which must have the same names."""
-        rows = self.gather(torch.tensor(list(values.values()), dtype=torch.float64))
-        return dict(zip(values, torch.stack(rows).mean(0).tolist(), strict=True))
+        """Average over processes, which must have the same names."""
+        rows = self.gather(list(values.values()))
+        means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+        return dict(zip(values, means, strict=True))
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the first one's buffers; running statistics are each one's own."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def together(self, error: Exception | None) -> None:
+        """Raise in every process if one of them has an error.
+
+        Raises:
+            UserError: this process's error, or the first one of the others.
+        """
+        told = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise UserError(f"process {rank}: {text}")
 
 
 @contextmanager
 def running(device: str = "auto") -> Iterator[Parallel]:
-    """The processes that torchrun started, or this one alone.
+    """Join the processes that torchrun or srun started, or be this one alone.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is any.
@@ -73,6 +105,7 @@ def running(device: str = "auto") -> Iterator[Parallel]:
     Raises:
         UserError: CUDA is wanted, and there is no such GPU for this process.
     """
+    _read_slurm()
     rank, world, local = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -81,26 +114,39 @@ def running(device: str = "auto") -> Iterator[Parallel]:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     started = world > 1 and not dist.is_initialized()
-    if started:  # processor tensors always go over gloo: flags, positions, generators
+    if started:  # tensors on the CPU always go over gloo: flags, positions, generators
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield Parallel(rank, world, where)
-    finally:
-        if started:
-            dist.destroy_process_group()
+    yield Parallel(rank, world, where)
+    if started:  # not after an error: the others may never come to take part
+        dist.destroy_process_group()
+
+
+def _read_slurm() -> None:
+    """Take what srun says of the processes where torchrun has said nothing."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        return  # an sbatch script that does not start us by srun
+    for ours, theirs in (
+        ("RANK", "SLURM_PROCID"),
+        ("WORLD_SIZE", "SLURM_NTASKS"),
+        ("LOCAL_RANK", "SLURM_LOCALID"),
+    ):
+        os.environ[ours] = os.environ[theirs]
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cuda" and local_rank >= count:
+    if wanted == "cpu" or (wanted == "auto" and not count):
+        return CPU
+    if local_rank >= count:
         raise UserError(
-            f"--device cuda, but process {local_rank} of this machine has no GPU ({count} found); "
-            "start as many processes as there are GPUs, or pass --device cpu"
+            f"--device {wanted}, but process {local_rank} of this machine has no GPU ({count} "
+            "found); start as many processes as there are GPUs, or pass --device cpu"
         )
-    if wanted == "cuda" or (wanted == "auto" and count > local_rank):
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    return torch.device("cuda", local_rank)
 
 
 def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.Module:
@@ -129,17 +175,101 @@ def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.
     return module
 
 
-@contextmanager
-def without_sync(module: nn.Module) -> Iterator[None]:
-    """Gradients of what runs here add up in each process, to be shared in a later backward."""
-    if isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(False)
+# ---------------------------------------------------------------- random generators
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def generator_states() -> dict[str, Tensor]:
+    """Return the states of Python's, numpy's and torch's generators as tensors."""
+    version, words, gauss = random.getstate()
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, place, has_gauss, cached = numpy
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """Put back what `generator_states` returned; a GPU's state only where there is a GPU."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    has_one, gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_one else None))
+    *keys, place, has_gauss = states["numpy"].tolist()
+    state = ("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss)
+    np.random.set_state((*state, float(states["numpy_gauss"])))  # noqa: NPY002
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# ---------------------------------------------------------------- stopping
+
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)  # Windows has but the first two
+)
+
+
+class Interrupted(Exception):
+    """Training stopped on request, after saving a checkpoint."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers that a signal asked to stop after the current step.
+
+    SIGTERM, SIGUSR1 and SIGHUP may come any number of times (a cluster sends one to every process,
+    and torchrun passes it on once more). A second Ctrl-C has its usual effect, except while a
+    checkpoint is written.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self.saving = False
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def wanted(self) -> bool:
+        """Say if a signal came, or if torchrun, which started this process, is gone."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self.signal_number = self.signal_number or signal.SIGTERM
+        return self.signal_number is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle signals here; only the main thread can, elsewhere nothing happens."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def remember(number: int, _: object) -> None:
+            again = number == signal.SIGINT == self.signal_number
+            self.signal_number = number
+            if again and not self.saving:
+                raise KeyboardInterrupt
+
+        for number in before:
+            signal.signal(number, remember)
         try:
-            yield
+            yield self
         finally:
-            module.set_requires_gradient_sync(True)
-    else:
-        yield
+            for number, handler in before.items():
+                signal.signal(number, handler)

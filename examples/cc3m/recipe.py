@@ -1,209 +1,87 @@
-"""Recipes: what is minimised, with every weight, in plain files (examples/recipes/*.yaml)."""
+"""Recipes: what is minimised, with every weight, in plain files (examples/recipes/*.yaml).
+
+A recipe names a loss of `rankloss` with its arguments, and the parts of `rankloss.DinoRankCLIP`
+around it. This module reads recipes and builds models and their inputs' transforms from them.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any
 
-import dacite
+import open_clip
+import torch
 import yaml
-from torch import nn
+from PIL import Image
+from torch import Tensor
 
 from examples.cc3m.files import UserError
-from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, SigLipLoss
-from rankloss.fusion import FUSION_VARIANTS, FusionVariant
+from rankloss import DinoRankCLIP
+from rankloss.distillation import PatchDistillation
+from rankloss.fusion import FUSION_VARIANTS
+from rankloss.parts import build_loss
+from rankloss.specs import build
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-
-Section = TypeVar("Section")
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """`rankloss.ClipLoss`."""
-
-    name: Literal["clip"] = "clip"
-    contrastive_weight: float = 1.0
-
-    def build(self, embed_dim: int) -> nn.Module:
-        return ClipLoss(contrastive_weight=self.contrastive_weight)
-
-
-@dataclass(frozen=True)
-class SigLipSettings:
-    """`rankloss.SigLipLoss`, and where the model's scale (not its logarithm) and bias start."""
-
-    name: Literal["siglip"] = "siglip"
-    initial_scale: float = 10.0
-    initial_bias: float = -10.0
-
-    def __post_init__(self) -> None:
-        if self.initial_scale <= 0:
-            raise ValueError(f"initial_scale must be positive, got {self.initial_scale}")
-
-    def build(self, embed_dim: int) -> nn.Module:
-        return SigLipLoss()
-
-
-@dataclass(frozen=True)
-class CyClipSettings:
-    """`rankloss.CyCLIPLoss`, with its arguments."""
-
-    name: Literal["cyclip"] = "cyclip"
-    in_modal_weight: float = 0.25
-    cross_modal_weight: float = 0.25
-
-    def build(self, embed_dim: int) -> nn.Module:
-        return CyCLIPLoss(
-            in_modal_weight=self.in_modal_weight, cross_modal_weight=self.cross_modal_weight
-        )
-
-
-@dataclass(frozen=True)
-class HighOrderSettings:
-    """`rankloss.HighOrderPLLoss`, with its arguments; order 1 is RankCLIP.
-
-    Training multiplies the ranking terms by RankCLIP's ramp, see its `set_progress`.
-    """
-
-    name: Literal["high_order"] = "high_order"
-    order: int = 3
-    transition_dim: int = 32
-    top_k: int | None = None
-    contrastive_weight: float = 1.0
-    cross_modal_weight: float = 1 / 16
-    in_modal_weight: float = 1 / 16
-    discount: Literal["none", "log"] = "none"
-    exclude_self: bool = False
-    share_transitions: bool = True
-
-    def build(self, embed_dim: int) -> nn.Module:
-        options = {each.name: getattr(self, each.name) for each in fields(self)}
-        del options["name"]
-        return HighOrderPLLoss(embed_dim, **options)
-
-
-LossSettings = ClipSettings | SigLipSettings | CyClipSettings | HighOrderSettings
-LOSSES: dict[str, type[Any]] = {each.name: each for each in get_args(LossSettings)}
-"""By the name that a recipe calls a loss."""
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """Of the student's image branch from the teacher's patches; see `towers.PatchDistillation`.
-
-    There is no warm-up: these terms train the student alone, and what it adds to the embeddings
-    starts at zero. The weights are this project's choice.
-
-    Args:
-        gram_weight: of the mean-form Gram loss.
-        gram_level, gram_negatives, gram_max_tokens: `rankloss.GramLoss`'s level, negatives and
-            max_tokens.
-        relational_weight: of the relational distance and of the relational angle loss each.
-        relations: what stands for an image there: the teacher's mean patch, or its CLS token.
-    """
-
-    gram_weight: float = 1.0
-    gram_level: Literal["image", "batch"] = "image"
-    gram_negatives: Literal["keep", "clamp", "clamp_teacher"] = "keep"
-    gram_max_tokens: int | None = None
-    relational_weight: float = 1.0
-    relations: Literal["patches", "cls"] = "patches"
-
-
-@dataclass(frozen=True)
-class InjectionSettings:
-    """Of the student's tokens into the embeddings.
-
-    Args:
-        variant: a key of `rankloss.fusion.FUSION_VARIANTS`.
-        gate_weight: of mean |gate|; without a gate there is no such term.
-    """
-
-    variant: str = "full"
-    gate_weight: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.variant not in FUSION_VARIANTS:
-            there = ", ".join(FUSION_VARIANTS)
-            raise ValueError(f"there is no fusion variant {self.variant!r}; there are {there}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is minimised, apart from the model, the data and the schedule.
+    """Arguments of `DinoRankCLIP`, apart from the model.
 
     Args:
-        label: how tables and figures call it.
-        loss: on the embeddings.
-        injection: None: the embeddings are the model's own, and there is no student.
-        distillation: of the student; None: it is trained by the loss on the embeddings alone.
-
-    Raises:
-        ValueError: a weight is negative, or a student is distilled that nothing would use.
+        label: name in tables and figures.
+        loss: loss of the embeddings, {"class name": {arguments}}.
+        model: further arguments of open_clip.CLIP that the loss wants.
+        variant: key of `rankloss.fusion.FUSION_VARIANTS`; "none" has no student.
+        distillation: of the student, {"PatchDistillation": {arguments}}, or None.
+        gate_weight: weight of mean |gate|.
     """
 
     label: str
-    loss: LossSettings
-    injection: InjectionSettings | None = None
-    distillation: DistillationSettings | None = None
+    loss: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    variant: str = "none"
+    distillation: dict[str, Any] | None = None
+    gate_weight: float = 1e-3
 
     def __post_init__(self) -> None:
-        for section in (self.loss, self.injection, self.distillation):
-            for each in fields(section) if section is not None else ():
-                if each.name.endswith("_weight") and getattr(section, each.name) < 0:
-                    raise ValueError(
-                        f"{each.name} must not be negative, got {getattr(section, each.name)}"
-                    )
-        if self.distillation is not None and not self.variant.image:
-            raise ValueError(
-                "distillation trains a student that only an injection into the image tower uses; "
-                "choose another injection.variant, or leave distillation out"
-            )
-
-    @property
-    def variant(self) -> FusionVariant:
-        """The injection's; "none" without one."""
-        return FUSION_VARIANTS["none" if self.injection is None else self.injection.variant]
-
-    @property
-    def model_options(self) -> dict[str, float]:
-        """Further arguments of open_clip.CLIP or open_clip.create_model that the loss wants."""
-        if not isinstance(self.loss, SigLipSettings):
-            return {}
-        return {
-            "init_logit_scale": math.log(self.loss.initial_scale),
-            "init_logit_bias": self.loss.initial_bias,
-        }
-
-    def build_loss(self, embed_dim: int) -> nn.Module:
-        """The loss of embeddings, freshly initialised.
-
-        Args:
-            embed_dim: width of the embeddings.
-
-        Raises:
-            UserError: the settings contradict each other.
-        """
-        try:
-            return self.loss.build(embed_dim)
-        except ValueError as error:
-            raise UserError(f"recipe {self.label!r}: {error}") from error
+        if not isinstance(self.loss, dict):
+            raise ValueError(f"loss must be {{'class name': {{arguments}}}}, got {self.loss!r}")
+        with torch.random.fork_rng(devices=[]):  # a trial draws weights
+            build_loss({name: arguments or {} for name, arguments in self.loss.items()}, 8)
+        if self.variant not in FUSION_VARIANTS:
+            known = ", ".join(FUSION_VARIANTS)
+            raise ValueError(f"there is no variant {self.variant!r}; there are {known}")
+        if not self.gate_weight >= 0:
+            raise ValueError(f"gate_weight must not be negative, got {self.gate_weight}")
+        if self.distillation is not None:
+            build("distillation", self.distillation, (PatchDistillation,))
+            if not FUSION_VARIANTS[self.variant].image:
+                raise ValueError(
+                    "distillation trains a student that only an injection into the image tower "
+                    "uses; choose another variant, or leave distillation out"
+                )
 
 
 def recipe_names() -> list[str]:
-    """Of the recipes that come with the project."""
+    """Return the names of the recipes that come with the project."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A recipe by its name in `recipe_names()`, or from a file ending in .yaml or .yml.
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by its name in `recipe_names()`, or from a file ending in .yaml or .yml.
+
+    Args:
+        name_or_path: which one.
+        overrides: changes such as "loss.HighOrderPLLoss.order=2"; values are YAML.
 
     Raises:
-        UserError: there is no such recipe, it is not YAML, or it has an unknown or missing key, a
-            value of the wrong type, or impossible settings; says which, and what there is.
+        UserError: there is no such recipe, it is not YAML, it has an unknown or missing key, or
+            arguments that its classes refuse; says which.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -217,53 +95,124 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
-    return _recipe(data, str(path))
-
-
-def _recipe(data: object, where: str) -> Recipe:
-    if not isinstance(data, dict) or not isinstance(data.get("loss"), dict):
-        raise UserError(f"{where}: a recipe has a label, and a loss with a name")
-    loss = data["loss"]
-    if loss.get("name") not in LOSSES:
-        raise UserError(
-            f"{where}: loss.name is {loss.get('name')!r}, but must be one of {', '.join(LOSSES)}"
-        )
-    sections = {
-        "loss": LOSSES[loss["name"]],
-        "injection": InjectionSettings,
-        "distillation": DistillationSettings,
-    }
-    built: dict[str, Any] = {
-        name: _section(section, data[name], f"{where}: {name}")
-        for name, section in sections.items()
-        if data.get(name) is not None
-    }
-    return _section(Recipe, {**data, **built}, where)
-
-
-def _section(kind: type[Section], data: object, where: str) -> Section:
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must be a mapping of settings, got {data!r}")
-    config = dacite.Config(strict=True, type_hooks={float: _number, int: _whole})
+    known = [each.name for each in fields(Recipe)]
+    if not isinstance(data, dict) or not {"label", "loss"} <= data.keys():
+        raise UserError(f"{path}: a recipe has a label, and a loss")
+    for change in overrides:
+        _override(data, change)
+    if data.keys() - set(known):
+        unknown = ", ".join(sorted(map(str, data.keys() - set(known))))
+        raise UserError(f"{path}: unknown {unknown}; there are {', '.join(known)}")
     try:
-        return dacite.from_dict(kind, data, config)
-    except dacite.UnexpectedDataError as error:
-        known = ", ".join(each.name for each in fields(kind))  # type: ignore[arg-type]
-        unknown = ", ".join(sorted(map(str, error.keys)))
-        raise UserError(f"{where}: unknown {unknown}; there are {known}") from error
-    except dacite.WrongTypeError as error:
-        choices = get_args(error.field_type) if get_origin(error.field_type) is Literal else ()
-        remedy = f"; choose one of {', '.join(choices)}" if choices else ""
-        raise UserError(f"{where}: {error}{remedy}") from error
-    except (dacite.DaciteError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+        return Recipe(**data)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def _number(value: object) -> object:
-    """YAML has whole numbers too."""
-    return float(value) if type(value) is int else _whole(value)
+def _override(data: dict[str, Any], change: str) -> None:
+    place, equals, value = change.partition("=")
+    *sections, last = place.split(".")
+    for name in sections:
+        data = data.setdefault(name, {}) if isinstance(data, dict) else {}
+    if not equals or not isinstance(data, dict):
+        raise UserError(
+            f"cannot override {change!r}; write for example loss.HighOrderPLLoss.order=2"
+        )
+    data[last] = yaml.safe_load(value)
 
 
-def _whole(value: object) -> object:
-    """To Python, true is a number; as a string it is refused."""
-    return str(value) if isinstance(value, bool) else value
+# ---------------------------------------------------------------- models and their inputs
+
+CONTEXT_LENGTH = 32
+SMALL_CLIP: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 64},
+    "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 64, "heads": 2, "layers": 2},
+}
+"""In the format of open_clip's model_configs: a residual network and a small text Transformer."""
+
+SMALL_STUDENT: dict[str, Any] = {
+    "token_dim": 64,
+    "image_size": 64,
+    "context_length": CONTEXT_LENGTH,
+    "image_options": {"embed_dim": 64, "depth": 2, "num_heads": 2},
+    "text_options": {"width": 64, "depth": 1, "heads": 2},
+}
+"""Arguments of `DualBranchStudent`: ViT-Tiny cut down in the same way."""
+
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "image_size": 32},
+    "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 32, "heads": 1, "layers": 1},
+}
+"""For tests: learns nothing worth mentioning."""
+
+TINY_STUDENT: dict[str, Any] = {
+    "token_dim": 16,
+    "image_size": 32,
+    "context_length": CONTEXT_LENGTH,
+    "image_options": {"embed_dim": 24, "depth": 1, "num_heads": 2},
+    "text_options": {"width": 16, "depth": 1, "heads": 1},
+}
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Return open_clip's configuration of a model by name, or of "tiny".
+
+    Raises:
+        UserError: there is no such model.
+    """
+    config = SMALL_CLIP if name == "tiny" else open_clip.get_model_config(name)
+    if config is None:
+        raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() names them")
+    return {k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")}
+
+
+def student_options(name: str) -> dict[str, Any] | None:
+    """Return arguments of `DualBranchStudent` beside a model: ViT-Tiny, or less beside "tiny"."""
+    return SMALL_STUDENT if name == "tiny" else None
+
+
+def build_towers(
+    recipe: Recipe, config: dict[str, Any], student: dict[str, Any] | None = None
+) -> DinoRankCLIP:
+    """Build a model and everything a recipe puts around it, freshly initialised.
+
+    Args:
+        recipe: what to train with.
+        config: of the model, built first: every recipe starts from the same one.
+        student: arguments of `DualBranchStudent`; None: ViT-Tiny of the model's sizes.
+
+    Raises:
+        UserError: the model cannot be built from its configuration.
+    """
+    architecture = {"open_clip": {**copy.deepcopy(config), **recipe.model, "output_dict": True}}
+    try:
+        towers = DinoRankCLIP(
+            architecture=architecture,
+            loss=recipe.loss,
+            variant=recipe.variant,
+            student=student,
+            distillation=recipe.distillation,
+            gate_weight=recipe.gate_weight,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe {recipe.label!r} does not fit the model: {error}") from error
+    visual: Any = towers.model.visual
+    visual.to(memory_format=torch.channels_last)  # convolutions are faster that way
+    return towers
+
+
+def build_transform(config: dict[str, Any], *, train: bool) -> Callable[[Image.Image], Tensor]:
+    """Return open_clip's transform: PIL RGB -> (3, H, W) float32, normalised."""
+    size = config["vision_cfg"]["image_size"]
+    transform: Callable[[Image.Image], Tensor] = open_clip.image_transform(size, is_train=train)
+    return transform
+
+
+def build_tokenizer(config: dict[str, Any]) -> Callable[[list[str]], Tensor]:
+    """Return open_clip's byte-pair tokenizer: B captions -> (B, L) int64, cut at the context."""
+    tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(
+        context_length=config["text_cfg"]["context_length"]
+    )
+    return tokenizer

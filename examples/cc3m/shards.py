@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
+import re
+import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,16 +18,20 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 
 LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SMALLEST_SIDE = 2
 """Pixels; web pages count their readers with images of one."""
-MOST_PIXELS = 89_000_000
-"""Of an image; a little below the number at which Pillow warns of an attack on memory."""
-REPAIRED = frozenset({"colour mode"})
-"""Kinds of faults after which a sample can be used all the same."""
+MOST_PIXELS = 25_000_000
+"""Pixels of an image; decoding one takes up to 12 bytes for each."""
+MOST_BYTES = 1 << 26
+"""Bytes of a file in a tar."""
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Decoders that may run, whatever a file is called."""
+REPAIRED = frozenset({"colour mode", "file too large"})
+"""Kinds of faults that cost no sample by themselves."""
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
@@ -49,7 +57,7 @@ def count_samples(shards: Sequence[str]) -> int:
     """
     total = 0
     for shard in shards:
-        stats = Path(shard.removesuffix(".tar") + "_stats.json")
+        stats = Path(re.sub(r"\.tar(\.\w+)?$", "", shard) + "_stats.json")
         if not stats.exists():
             raise ValueError(f"{stats} is missing, so samples cannot be counted; give their number")
         total += int(json.loads(stats.read_text())["successes"])
@@ -57,56 +65,65 @@ def count_samples(shards: Sequence[str]) -> int:
 
 
 def read_shard(shard: str, failures: Failures) -> Iterator[dict[str, Any]]:
-    """Undecoded samples of a tar file, in its order: suffix -> bytes, and "__key__".
+    """Yield undecoded samples of a tar file, in its order: suffix -> bytes, "__key__", "__url__".
 
-    The stages of wds.WebDataset, which leaves files open until they are garbage. Of samples with
-    the same key the first is given. A tar that was cut off gives the samples before the cut; each
-    that its stats promise and it lacks is counted.
+    A key is all of a file's name before its last dot. Of samples with the same key the first is
+    given. A tar that was cut off gives the samples before the cut; each that its stats promise and
+    it lacks is counted. A compressed tar (.tar.gz) is read like any other.
     """
-    given, tar = 0, _TarFaults(failures)
-    try:
-        with wds.gopen(shard) as stream:
-            sources = [{"url": shard, "stream": stream}]
-            files = wds.tariterators.tar_file_expander(sources, handler=tar.handle)
-            for sample in wds.tariterators.group_by_keys(files, handler=tar.handle):
-                if tar.is_new(sample["__key__"]):
-                    given += 1
-                    yield sample
-    except OSError as error:
-        tar.handle(error)
-    if tar.cut or _lacks_end(shard):
+    given, seen, errors = 0, set[str](), list[Exception]()
+    for sample in _grouped(_members(shard, failures, errors), failures):
+        key = sample["__key__"]
+        if key in seen:
+            failures.add("duplicate key", key)
+            continue
+        seen.add(key)
+        given += 1
+        yield {**sample, "__url__": shard}
+    if errors or _lacks_end(shard):
         failures.add("truncated tar", shard, max(1, _promised(shard) - given))
 
 
-class _TarFaults:
-    """What webdataset reports while it reads one tar file."""
+def _members(
+    shard: str, failures: Failures, errors: list[Exception]
+) -> Iterator[tuple[str, str, bytes]]:
+    """Yield key, suffix and bytes of each file that can belong to a sample; note what ended it."""
+    try:
+        with wds.gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else all of them are kept
+                stem, _, suffix = member.name.rpartition(".")
+                if not member.isfile() or not stem or "/" in suffix:
+                    continue
+                if member.size > MOST_BYTES:  # known before anything is allocated
+                    failures.add("file too large", member.name)
+                    continue
+                file = tar.extractfile(member)
+                if file is not None:
+                    yield stem, suffix.lower(), file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        errors.append(error)
 
-    def __init__(self, failures: Failures) -> None:
-        self.failures, self.cut = failures, False
-        self._seen: set[str] = set()
-        self._repeated: set[str] = set()
 
-    def handle(self, error: Exception) -> bool:
-        text = str(error.args[0]) if error.args else ""
-        if ": duplicate file name" in text:  # one error a file; a sample has several
-            name = os.path.basename(text.partition(": duplicate")[0]).partition(".")[0]
-            if name not in self._repeated:
-                self._repeated.add(name)
-                self.failures.add("duplicate key", name)
-        else:
-            self.cut = True
-        return True
-
-    def is_new(self, key: str) -> bool:
-        if key in self._seen:
-            self.failures.add("duplicate key", key)
-            return False
-        self._seen.add(key)
-        return True
+def _grouped(
+    files: Iterator[tuple[str, str, bytes]], failures: Failures
+) -> Iterator[dict[str, Any]]:
+    """Join neighbouring files of one key; of files with the same name the first counts."""
+    for key, group in itertools.groupby(files, key=lambda file: file[0]):
+        sample: dict[str, Any] = {"__key__": key}
+        repeated = False
+        for _, suffix, data in group:
+            repeated |= suffix in sample
+            sample.setdefault(suffix, data)
+        if repeated:
+            failures.add("duplicate key", key)
+        yield sample
 
 
 def _lacks_end(shard: str) -> bool:
-    """Whether a local tar does not end in the two empty blocks that every whole one ends in."""
+    """Say if a local tar does not end in the two empty blocks that every whole one ends in."""
+    if not shard.endswith(".tar"):
+        return False  # a compressed one has its own end mark
     if not os.path.exists(shard) or os.path.getsize(shard) < 1024:
         return os.path.exists(shard)
     with open(shard, "rb") as file:
@@ -148,9 +165,9 @@ def decode_caption(sample: dict[str, Any]) -> str:
 
 
 def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Image.Image:
-    """The image in RGB; what is transparent becomes white, 16 bits a channel become 8.
+    """Decode the image to RGB: transparent becomes white, 16 bits a channel become 8.
 
-    The size is looked at before anything is decoded.
+    It is turned as its EXIF says. Format and size are looked at before anything is decoded.
 
     Raises:
         SampleError: there is none, or it cannot be used.
@@ -159,10 +176,11 @@ def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Im
     if suffix is None:
         raise SampleError("no image", sample)
     try:
-        image = Image.open(io.BytesIO(sample[suffix]))
+        image = Image.open(io.BytesIO(sample[suffix]), formats=FORMATS)
         kind = _wrong_size(*image.size)
         if kind is None:
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise SampleError("image too large", sample) from error
     except Exception as error:  # whatever its bytes make a decoder raise

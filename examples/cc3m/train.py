@@ -5,20 +5,29 @@
     python -m examples.demo.train_on_scenes           # generated scenes, two cores, a minute
 
 The same command goes on where it was stopped, killed, or ran out of disk, also with another number
-of processes. SIGTERM and Ctrl-C save within a step and exit with 0, a second one at once with 143.
+of processes or workers. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save within a step. Exit codes, which
+torchrun makes 0 or 1, and the word in <out>/status:
+
+    0   finished      the run is done
+    75  preempted     stopped on request, and saved: the same command goes on
+    2   failed        settings, data or disk need a person, as the last line says
+    1   failed        anything else
 
     <out>/config.yaml       all settings        <out>/checkpoints/   the last ones, safetensors
-    <out>/results.jsonl     measured            <out>/export/        for open_clip.create_model
-    <out>/curves.png        at the end          <out>/tensorboard/
+    <out>/results.jsonl     measured            <out>/export/        for open_clip.create_model, and
+    <out>/curves.png        at the end                               DinoRankCLIP.from_pretrained
+    <out>/train.log         every line          <out>/tensorboard/
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,77 +37,92 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which times
 
 import torch
 import yaml
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from examples.cc3m.evaluate import Judge
-from examples.cc3m.export import export
+from examples.cc3m.checkpoint import export, whole_state
+from examples.cc3m.evaluation import Evaluator
 from examples.cc3m.features import FeatureReader
-from examples.cc3m.files import UserError, claim_directory, write_text
-from examples.cc3m.generators import seed_generators
-from examples.cc3m.loader import ShardLoader
-from examples.cc3m.models import (
-    build_clip,
+from examples.cc3m.files import UserError, claim_directory, locked, read_json, write_text
+from examples.cc3m.loader import ShardLoader, end_workers
+from examples.cc3m.loop import Trainer
+from examples.cc3m.monitor import RunLog, import_wandb, save_curves
+from examples.cc3m.parallel import Interrupted, Parallel, StopRequest, running, seed_generators
+from examples.cc3m.recipe import (
     build_tokenizer,
+    build_towers,
     build_transform,
+    load_recipe,
     model_config,
     student_options,
 )
-from examples.cc3m.parallel import Parallel, running
-from examples.cc3m.run_log import RunLog, import_wandb, save_curves
-from examples.cc3m.run_settings import RunSettings, parse
+from examples.cc3m.settings import CHANGEABLE, RunSettings, parse
 from examples.cc3m.shards import count_samples, expand_shards
-from examples.cc3m.signals import Interrupted, StopRequest
-from examples.cc3m.towers import Towers, build_towers
-from examples.cc3m.training import Trainer
+from examples.cc3m.zero_shot import Stopped
+from rankloss import DinoRankCLIP
+
+LOG = logging.getLogger(__name__)
+FAILED, REFUSED, PREEMPTED = 1, 2, 75
+"""Exit codes; 75 is sysexits' EX_TEMPFAIL: try again later."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; the exit code."""
+    """Train; return the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    stop = StopRequest(second_exits=True)
+    stop = StopRequest()
     try:
         settings = parse(arguments)
-        with running(settings.device) as parallel, stop.listening():
-            Run(settings, parallel).train(stop)
+        with stop.listening(), running(settings.device) as parallel, Run(settings, parallel) as run:
+            run.train(stop)
     except Interrupted as error:
         print(f"\n{error}; run the same command to go on from there")
+        return PREEMPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     return 0
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """One run in this process: everything is checked before the model is built.
+
+    Leave its `with` block to release the run's folder, where `status` then says how it ended.
 
     Raises:
         UserError: the settings cannot work; says what to change.
     """
 
     def __init__(self, settings: RunSettings, parallel: Parallel) -> None:
+        super().__init__()
         self.parallel = parallel
         self.started = time.perf_counter()
         self.settings = settings
+        self.recipe = load_recipe(settings.recipe, settings.override)
         self.config = model_config(settings.model)
         if settings.wandb:
             import_wandb()
         part = settings.train.part_size(parallel.world_size)
         self.features = self._features()
         self.loader = self._loader(part)
-        self.steps_per_epoch = self._steps_per_epoch()
-        self.tokenize = build_tokenizer(self.config)
-        self.transform = build_transform(self.config, train=False)
-        self.judge = Judge(settings.evaluation, self.transform, self.tokenize, parallel.device)
+        self.planned = self._plan()
+        self.evaluator = Evaluator(
+            settings.evaluation,
+            build_transform(self.config, train=False),
+            build_tokenizer(self.config),
+            parallel,
+            settings.train.precision,
+            settings.workers,
+        )
         self._claim()
 
     def _features(self) -> FeatureReader | None:
-        distils = self.settings.recipe.distillation is not None
-        if distils and self.settings.features is None:
+        if self.recipe.distillation is None:
+            return None
+        if self.settings.features is None:
             raise UserError(
-                f"recipe {self.settings.recipe.label!r} distils a teacher: extract its features "
+                f"recipe {self.recipe.label!r} distils a teacher: extract its features "
                 "with examples.cc3m.extract_dinov3, then pass --features FOLDER"
             )
-        if not distils or self.settings.features is None:
-            return None
         size = self.config["vision_cfg"]["image_size"]
         return FeatureReader(self.settings.features, resolution=size)
 
@@ -126,45 +150,115 @@ class Run:
                 features=self.features,
                 resample=settings.resample,
                 max_broken=settings.max_broken,
+                prefetch=settings.prefetch,
+                timeout=settings.read_timeout,
             )
         except ValueError as error:
             raise UserError(f"{error} (--workers), or --resample") from error
 
-    def _steps_per_epoch(self) -> int:
-        settings = self.settings
+    def _plan(self) -> list[int]:
+        """Return the steps of each epoch; uneven shards make them fewer than the samples allow."""
+        settings, loader = self.settings, self.loader
+        train = settings.train
         try:
-            samples = settings.samples or count_samples(self.loader.shards)
+            counts = [count_samples([shard]) for shard in loader.shards]
         except ValueError as error:
-            raise UserError(f"{error} with --samples") from error
-        if samples < settings.train.batch_size:
+            if settings.samples is None:
+                raise UserError(f"{error} with --samples") from error
+            counts = []
+        samples = settings.samples or sum(counts)
+        possible = samples // train.batch_size
+        if not possible:
             raise UserError(
-                f"{samples} samples are fewer than one batch of {settings.train.batch_size}; "
+                f"{samples} samples are fewer than one batch of {train.batch_size}; "
                 "choose a smaller --train.batch-size"
             )
-        return samples // settings.train.batch_size
+        if settings.resample or settings.samples is not None or not counts:
+            return [possible] * train.epochs
+        planned = [loader.steps_of(e, counts, train.accumulate) for e in range(train.epochs)]
+        if not all(planned):
+            raise UserError(
+                f"some reader's shards hold fewer samples than its part of a batch ({samples} in "
+                "all); use fewer --workers, a smaller --train.batch-size, or --resample"
+            )
+        if min(planned) < possible and self.parallel.first:
+            LOG.warning(
+                "uneven shards: an epoch has %d of %d possible steps, and leaves out %d of %d "
+                "samples; fewer workers or shards of equal sizes leave out fewer",
+                min(planned),
+                possible,
+                samples - min(planned) * train.batch_size,
+                samples,
+            )
+        return planned
 
     def _claim(self) -> None:
-        """Tie the run's folder to these settings and to the teacher that made the features."""
-        if self.parallel.first:
-            teacher = None if self.features is None else self.features.manifest
-            identity = {**self.settings.identity(), "teacher": teacher}
-            claim_directory(self.settings.out, identity, fresh=self.settings.fresh)
-            told = yaml.safe_dump(self.settings.as_json(), sort_keys=False)
-            write_text(self.settings.out / "config.yaml", told)
-        self.parallel.agree(False)  # nobody reads the folder before it is claimed
+        """Tie the run's folder to these settings, in the first process; all must see it.
 
-    def build(self) -> Towers:
-        """The same weights in every process and for every recipe."""
-        recipe, settings = self.settings.recipe, self.settings
+        Raises:
+            UserError: another run has it, or some process does not see it.
+        """
+        settings, error = self.settings, None
+        teacher = None if self.features is None else self.features.manifest
+        identity = json.loads(json.dumps({**settings.identity(), "teacher": teacher}))
+        if self.parallel.first:
+            try:
+                self.enter_context(locked(settings.out))
+                changeable = CHANGEABLE if settings.change else ()
+                claim_directory(settings.out, identity, fresh=settings.fresh, changeable=changeable)
+                told = yaml.safe_dump(settings.as_json(), sort_keys=False)
+                write_text(settings.out / "config.yaml", told)
+                self._say("running")
+                self.push(self._say_failed)
+            except UserError as caught:
+                self.close()
+                error = caught
+        self.parallel.together(error)
+        marker = settings.out / "settings.json"
+        if not self.parallel.first and not (marker.exists() and read_json(marker) == identity):
+            error = UserError(
+                f"{settings.out} is not the folder that the first process sees; choose an --out "
+                "that all machines share"
+            )
+        self.parallel.together(error)
+
+    def _say(self, word: str) -> None:
+        write_text(self.settings.out / "status", f"{word}\n")
+
+    def _say_failed(self, kind: type[BaseException] | None, *_: object) -> None:
+        word = "finished" if kind is None else "failed"
+        with contextlib.suppress(OSError):  # on a full disk
+            self._say("preempted" if kind is Interrupted else word)
+
+    def build(self) -> DinoRankCLIP:
+        """Build the same weights in every process and for every recipe."""
+        settings = self.settings
         torch.manual_seed(settings.train.seed)
-        model = build_clip({**self.config, **recipe.model_options})
-        return build_towers(
-            recipe,
-            model,
-            self.config["embed_dim"],
-            student=student_options(settings.model, self.config),
-            teacher_grid=None if self.features is None else self.features.grid,
-        ).to(self.parallel.device)
+        towers = build_towers(self.recipe, self.config, student_options(settings.model))
+        return towers.to(self.parallel.device)
+
+    def _prepared(self) -> DinoRankCLIP:
+        """Build what is trained, as the settings want it computed."""
+        settings, towers = self.settings, self.build()
+        model: Any = towers.model
+        if settings.pretrained is not None:
+            load_pretrained(model, settings.model, settings.pretrained)
+        if settings.lock_image:
+            model.lock_image_tower()
+        if settings.lock_text:
+            model.lock_text_tower()
+        if settings.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if settings.compile is not None:
+            model.compile(backend=settings.compile)
+        normalised = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        apart = settings.train.accumulate > 1 or self.parallel.world_size > 1
+        if normalised and apart and self.parallel.first:
+            LOG.warning(
+                "batch normalisation sees one part of one process at a time: gradients are not "
+                "exactly those of the whole batch"
+            )
+        return towers
 
     def train(self, stop: StopRequest) -> Trainer:
         """Train to the end; return what was trained, with its history.
@@ -174,31 +268,24 @@ class Run:
             UserError: what only the user can put right.
         """
         settings, parallel = self.settings, self.parallel
-        towers = self.build()
-        if settings.grad_checkpointing:
-            checkpoint_blocks: Any = towers.model.set_grad_checkpointing
-            checkpoint_blocks(True)
-        if settings.compile is not None:
-            towers.model.compile(backend=settings.compile)
+        towers = self._prepared()
         seed_generators(settings.train.seed + parallel.rank)  # dropout differs
         trainer = Trainer(
             towers,
             self.loader,
             settings.train,
-            self.steps_per_epoch,
+            self.planned,
             settings.out / "checkpoints",
             parallel,
+            teacher_grid=None if self.features is None else self.features.grid,
+            change=settings.change,
         )
         log = self._log(trainer)
-        if trainer.step and parallel.first:
-            print(f"going on after step {trainer.step} of {trainer.total_steps}", flush=True)
-        elif parallel.first:
-            print(f"ready after {time.perf_counter() - self.started:.1f} s", flush=True)
 
         def evaluate(trainer: Trainer) -> bool:
             return self._evaluate(trainer, log, stop)
 
-        trainer.fit(settings.recipe.label, stop, evaluate)
+        trainer.fit(self.recipe.label, stop, evaluate, settings.evaluation.every)
         self._finish(trainer, log)
         return trainer
 
@@ -210,39 +297,97 @@ class Run:
             settings.out,
             settings.as_json(),
             tensorboard=settings.tensorboard,
-            wandb=settings.wandb,
+            wandb=settings.wandb_project if settings.wandb else None,
             total_steps=trainer.total_steps,
             step=trainer.step,
         )
         trainer.report = lambda step, values: log.values(step, values, self.loader.faults)
+        for missing in self.evaluator.missing():
+            log.tell(f"not measured: {missing}")
+        if trainer.step:
+            log.tell(f"going on after step {trainer.step} of {trainer.total_steps}")
+        else:
+            log.tell(f"ready after {time.perf_counter() - self.started:.1f} s")
         return log
 
     def _evaluate(self, trainer: Trainer, log: RunLog | None, stop: StopRequest) -> bool:
-        """In the first process; the others wait for it."""
-        state = trainer.whole_state()
-        if log is None:
-            return True
-        measured = self.judge(self.build, state, lambda: stop.signal_number is not None)
-        if measured is None:
+        """Measure, in all processes together; False if one of them was asked to stop."""
+        try:
+            measured = self.evaluator(self._whole(trainer), stop)
+        except Stopped:
             return False
         progress = trainer.progress
         entry = {"epoch": progress.position.epoch, "step": progress.step, **measured}
         progress.evaluations.append(entry)
-        log.evaluation(progress.evaluations)
+        if log is not None and measured:
+            log.evaluation(progress.evaluations)
         return True
 
+    def _whole(self, trainer: Trainer) -> nn.Module:
+        """Return the model itself, or a copy where each process has but a shard of it."""
+        if not any(isinstance(p, DTensor) for p in trainer.towers.parameters()):
+            return trainer.towers
+        state = whole_state(trainer.towers, everywhere=True)
+        with torch.random.fork_rng():  # building draws weights, training must not notice
+            towers = self.build()
+        there = towers.state_dict()
+        towers.load_state_dict({k: v.reshape(there[k].shape) for k, v in state.items()})
+        return towers.eval()
+
     def _finish(self, trainer: Trainer, log: RunLog | None) -> None:
-        state = trainer.whole_state()
+        state, faults = whole_state(trainer.towers), trainer.faults()
         if log is None:
             return
         out, progress = self.settings.out, trainer.progress
         weights = export(out / "export", self.config, state)
+        self._export_whole(state)
         save_curves(out / "curves.png", progress.history, progress.evaluations)
-        faults = json.dumps(dict(self.loader.faults)) if self.loader.faults else "none"
-        print(f"faults in the data: {faults}; {progress.history['skipped'][-1]:.0f} steps skipped")
-        print(f"{weights}: open_clip.create_model('local-dir:{weights.parent}')")
+        told = json.dumps(faults) if faults else "none"
+        skipped = progress.history.get("skipped", [0.0])[-1]
+        log.tell(f"faults in the data: {told}; {skipped:.0f} steps skipped")
+        log.tell(f"{weights}: open_clip.create_model('local-dir:{weights.parent}')")
+        log.tell(f"the whole model: rankloss.DinoRankCLIP.from_pretrained('{weights.parent}')")
         log.close()
+
+    def _export_whole(self, state: dict[str, torch.Tensor]) -> None:
+        with torch.random.fork_rng():
+            towers = self.build().cpu().to(memory_format=torch.contiguous_format)
+        there = towers.state_dict()
+        towers.load_state_dict({k: v.reshape(there[k].shape) for k, v in state.items()})
+        towers.save_pretrained(self.settings.out / "export")
+
+
+def load_pretrained(model: nn.Module, name: str, pretrained: str) -> None:
+    """Load open_clip's weights of that tag, or a file of weights, into a model.
+
+    Raises:
+        UserError: there are none, or of another model.
+    """
+    import open_clip
+
+    try:
+        source = open_clip.create_model(name, pretrained=pretrained, output_dict=True)
+        model.load_state_dict(source.state_dict())
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"cannot load --pretrained {pretrained} into {name}: {error}") from error
+
+
+def run_as_program() -> None:
+    """Run `main` and end the process, whatever still runs in it: no failure may hang."""
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else REFUSED
+    except BaseException:
+        traceback.print_exc()
+        code = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != 0:  # workers, collectives and writers may wait for what never comes
+        end_workers()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program()

@@ -28,14 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from examples.cc3m.files import UserError, write_json, write_text
-from examples.cc3m.models import build_tokenizer, build_transform, model_config
-from examples.cc3m.parallel import running
-from examples.cc3m.recipe import load_recipe
-from examples.cc3m.run_settings import RunSettings
-from examples.cc3m.settings import TrainSettings
-from examples.cc3m.signals import Interrupted, StopRequest
+from examples.cc3m.loop import Trainer
+from examples.cc3m.parallel import Interrupted, StopRequest, running
+from examples.cc3m.recipe import build_tokenizer, build_transform, load_recipe, model_config
+from examples.cc3m.settings import RunSettings, TrainSettings
 from examples.cc3m.train import Run
-from examples.cc3m.training import Trainer
 from examples.demo.figures import EXAMPLES, save_figure
 from examples.demo.measures import (
     Metric,
@@ -166,7 +163,7 @@ class Demo:
     def _train(self, name: str, seed: int, features: Path | None, stop: StopRequest) -> Trainer:
         """Train, or go on training; a finished run is only loaded."""
         settings = RunSettings(
-            load_recipe(name),
+            name,
             model=MODEL,
             data=shard_range(self.shards["train"]),
             features=features,
@@ -179,8 +176,8 @@ class Demo:
             tensorboard=False,
             train=replace(self.settings.training, seed=seed),
         )
-        with running("cpu") as parallel, stop.listening():
-            return Run(settings, parallel).train(stop)
+        with running("cpu") as parallel, stop.listening(), Run(settings, parallel) as run:
+            return run.train(stop)
 
     def _budget(self) -> str:
         scenes, training = self.settings.scenes, self.settings.training

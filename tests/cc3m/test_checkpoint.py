@@ -21,7 +21,7 @@ from examples.cc3m.checkpoint import (
     training_tensors,
 )
 from examples.cc3m.files import UserError
-from examples.cc3m.generators import generator_states, restore_generators
+from examples.cc3m.parallel import generator_states, restore_generators
 from rankloss import GramAnchor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.batches import Position, ShardOrder
 from examples.cc3m.files import UserError
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.loader import Position, ShardLoader, ShardOrder
 from examples.cc3m.shards import (
     MOST_PIXELS,
     Failures,
@@ -249,56 +248,90 @@ def test_repaired_samples_are_not_broken() -> None:
 # ---------------------------------------------------------------- shards and processes
 
 
-@pytest.mark.parametrize("new_world", [1, 3, 4])
-def test_another_number_of_processes_repeats_nothing_within_the_epoch(
-    tmp_path: Path, new_world: int
-) -> None:
-    per_shard, shards = 4, 12
-    paths = [
+def numbered_shards(folder: Path, shards: int, per_shard: int) -> list[str]:
+    return [
         str(
             write_tar(
-                tmp_path / f"{i}.tar", [f for k in range(per_shard) for f in sample(f"{i}-{k}")]
+                folder / f"{i}.tar", [f for k in range(per_shard) for f in sample(f"{i}-{k}")]
             )
         )
         for i in range(shards)
     ]
 
-    def transform(image: Image.Image) -> Tensor:
-        return torch.zeros(3, 1, 1)
+
+@pytest.mark.parametrize("shards", [12, 2], ids=["many shards", "fewer than processes"])
+@pytest.mark.parametrize("worlds", [(2, 1), (2, 4), (1, 3, 2), (3, 2, 4)], ids=str)
+def test_another_number_of_processes_leaves_out_only_what_was_read(
+    tmp_path: Path, worlds: tuple[int, ...], shards: int
+) -> None:
+    """Samples that waited in a shuffle buffer, or in a shard that was begun, come later."""
+    paths = numbered_shards(tmp_path, shards, 48 // shards)
+    order, seen, after = ShardOrder(shards, 0, True), list[str](), Position(1)
 
     def open_rank(rank: int, world: int) -> ShardLoader:
-        return ShardLoader(paths, transform, tokenize, 2, shuffle=3, rank=rank, world_size=world)
+        return ShardLoader(
+            paths,
+            lambda _: torch.zeros(3, 1, 1),
+            tokenize,
+            1,
+            shuffle=9,
+            rank=rank,
+            world_size=world,
+            resample=False,
+        )
 
-    seen: list[str] = []
-    positions = []
-    for rank in range(2):
-        position = Position(1)
-        for _, batch in zip(range(4), open_rank(rank, 2).epoch(position), strict=False):
+    for turn, world in enumerate(worlds):
+        positions = []
+        for rank in range(min(world, shards) if turn == 0 else world):
+            data, position = open_rank(rank, min(world, shards)), after
+            data.world_size = world
+            last = turn == len(worlds) - 1
+            for _, batch in zip(range(100 if last else 5), data.epoch(after), strict=False):
+                seen += batch.keys
+                position = position.after(batch, 1)
+            positions.append(Position.from_json(json.loads(json.dumps(position.as_json()))))
+        after = order.carry_over(positions)
+    assert len(seen) == len(set(seen)) == 48
+    assert after == Position(2)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("streams", [(1, 2), (2, 1)], ids=str)
+def test_another_number_of_workers_leaves_out_only_what_was_read(
+    tmp_path: Path, streams: tuple[int, int]
+) -> None:
+    paths, seen = numbered_shards(tmp_path, 6, 8), list[str]()
+    position, order = Position(0), ShardOrder(6, 0, True)
+    for turn, workers in enumerate(streams):
+        data = ShardLoader(
+            paths, lambda _: torch.zeros(3, 1, 1), tokenize, 1, shuffle=9, workers=workers
+        )
+        for _, batch in zip(range(100 if turn else 7), data.epoch(position), strict=False):
             seen += batch.keys
-            position = position.after(batch, 1)
-        positions.append(position)
-    assert len(seen) == 16
-    after = ShardOrder(shards, 0, True).carry_over(positions)
-    assert after.epoch == 1
-    for rank in range(new_world):
-        for batch in open_rank(rank, new_world).epoch(after):
-            seen += batch.keys
-    assert len(seen) == len(set(seen)), "a sample came twice"
-    begun = sum(sum(position.opened) for position in positions)
-    assert len(seen) >= 16 + (shards - begun) * per_shard - new_world * per_shard
-    assert shards - begun > 0
+            position = position.after(batch, workers)
+        position = order.carry_over([position])
+    assert len(seen) == len(set(seen)) == 48
+    assert position == Position(1)
 
 
-def test_a_second_change_still_repeats_nothing(tmp_path: Path) -> None:
-    order = ShardOrder(10, 0, True)
-    first = [Position(0, (4,), 0, (2,)), Position(0, (4,), 0, (2,))]
-    second = order.carry_over(first)
-    assert len(second.done) == 4
-    third = order.carry_over([Position(0, (2,), 0, (1,), second.done)] * 3)
-    assert len(third.done) == 7
-    assert set(second.done) < set(third.done)
-    last = order.carry_over([Position(0, (9,), 0, (3,), third.done)])
-    assert last == Position(1)
+def test_resuming_within_the_rest_of_an_epoch_is_exact(tmp_path: Path) -> None:
+    """After the number of processes changed, and with broken samples among those taken."""
+    paths = numbered_shards(tmp_path, 3, 8)
+    spoiled = [f for k in range(8) for f in sample(f"x-{k}", text=b"" if k == 3 else b"words")]
+    write_tar(Path(paths[1]), spoiled)
+
+    def data() -> ShardLoader:
+        return ShardLoader(paths, lambda _: torch.zeros(3, 1, 1), tokenize, 2, shuffle=5)
+
+    position = Position(0)
+    for _, batch in zip(range(4), data().epoch(position), strict=False):
+        position = position.after(batch, 1)
+    start = ShardOrder(3, 0, True).carry_over([position])
+    whole = [batch.keys for batch in data().epoch(start)]
+    position = start
+    for done, batch in enumerate(data().epoch(start), 1):
+        position = position.after(batch, 1)
+        assert [x.keys for x in data().epoch(position)] == whole[done:]
 
 
 def test_shards_drawn_with_replacement_never_end(tmp_path: Path) -> None:

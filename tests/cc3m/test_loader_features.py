@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from examples.cc3m import extract_dinov3
-from examples.cc3m.batches import Batch, Position
 from examples.cc3m.features import FeatureFolder, FeatureReader
 from examples.cc3m.files import UserError, write_json
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.loader import Batch, Position, ShardLoader
 from rankloss.fusion import TeacherFeatures
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2

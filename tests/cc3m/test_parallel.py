@@ -11,19 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from examples.cc3m.batches import Batch, Position, ShardOrder
 from examples.cc3m.checkpoint import Checkpoints
-from examples.cc3m.clock import Clock
-from examples.cc3m.features import Features
 from examples.cc3m.files import UserError
-from examples.cc3m.models import build_clip
-from examples.cc3m.parallel import Parallel, distribute, running
-from examples.cc3m.recipe import load_recipe
+from examples.cc3m.gradients import Gradients
+from examples.cc3m.loader import Batch, Position, ShardOrder
+from examples.cc3m.loop import Trainer
+from examples.cc3m.monitor import Clock
+from examples.cc3m.parallel import Interrupted, Parallel, StopRequest, running
+from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
-from examples.cc3m.signals import Interrupted, StopRequest
-from examples.cc3m.steps import Gradients, Work, joined_batch
-from examples.cc3m.towers import Towers, build_towers
-from examples.cc3m.training import Trainer
+from rankloss import DinoRankCLIP
 from tests.helpers.processes import ProcessGroup
 
 PAIRS, STEPS, IMAGE, WORDS = 8, 3, 16, 8
@@ -35,11 +32,10 @@ VIT: dict[str, Any] = {
 STUDENT: dict[str, Any] = {}
 
 
-def towers(recipe: str, dtype: torch.dtype = torch.float64) -> Towers:
+def towers(recipe: str, dtype: torch.dtype = torch.float64) -> DinoRankCLIP:
     torch.manual_seed(0)
     loaded = load_recipe(recipe)
-    model = build_clip({**VIT, **loaded.model_options})
-    built = build_towers(loaded, model, VIT["embed_dim"]).to(dtype)
+    built = build_towers(loaded, VIT).to(dtype)
     for name, parameter in built.loss.named_parameters():
         if "key" in name:  # they start at zero, where nothing reaches the other tables
             nn.init.normal_(parameter, std=0.3)
@@ -67,15 +63,15 @@ def pieces(whole: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def gradients(module: Towers, parts: list[Batch], sharding: str | None = None) -> dict[str, Tensor]:
+def gradients(
+    module: DinoRankCLIP, parts: list[Batch], sharding: str | None = None
+) -> dict[str, Tensor]:
     """After the processes have shared them; of whole parameters."""
-    own = Work(module, Clock(torch.device("cpu")))
-    work: nn.Module = own
+    parallel = Parallel()
     if sharding is not None:
         parallel = Parallel(dist.get_rank(), dist.get_world_size())
-        work = distribute(own, parallel, sharding)  # type: ignore[arg-type]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    Gradients(own, work, torch.device("cpu"), "fp32", scaler)(parts)
+    scaler, clock = torch.amp.GradScaler("cpu", enabled=False), Clock(torch.device("cpu"))
+    Gradients(module, parallel, sharding or "ddp", "fp32", scaler, clock)(parts)  # type: ignore[arg-type]
     found = {}
     for name, p in module.named_parameters():
         assert p.grad is not None, name
@@ -132,20 +128,6 @@ def test_parts_see_the_same_noise_twice() -> None:
     assert not torch.equal(first, second)
 
 
-def test_parts_join() -> None:
-    whole = replace(batch(), teacher=Features(torch.randn(PAIRS, 4, 3), torch.randn(PAIRS, 5)))
-    parts = [
-        replace(part, teacher=Features(*(x[2 * i : 2 * i + 2] for x in whole.teacher or ())))
-        for i, part in enumerate(pieces(whole, 4))
-    ]
-    again = joined_batch(parts)
-    assert torch.equal(again.images, whole.images)
-    assert again.keys == whole.keys
-    assert again.teacher is not None
-    assert whole.teacher is not None
-    assert torch.equal(again.teacher.patches, whole.teacher.patches)
-
-
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_how_the_model_is_computed_does_not_change_the_gradient(how: str, parts: int) -> None:
@@ -175,9 +157,9 @@ def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         first.fit("test", stop)
     again = trainer(str(tmp_path / "parts"), **settings)
-    assert first.health.total == 1
+    assert first.guard.total == 1
     assert again.scaler.get_scale() == first.scaler.get_scale() == 2.0**39
-    assert again.health.total == 1
+    assert again.guard.total == 1
 
 
 def test_epochs_of_endless_data_have_the_planned_number_of_steps(tmp_path: Path) -> None:
@@ -219,7 +201,7 @@ def gradients_of_a_share(recipe: str, sharding: str, parts: int) -> dict[str, Te
 def test_processes_have_the_gradient_of_one(
     two: ProcessGroup, recipe: str, sharding: str, parts: int
 ) -> None:
-    """Towers, scale and loss heads alike."""
+    """DinoRankCLIP, scale and loss heads alike."""
     expected = gradients(towers(recipe), [batch()])
     for actual in two.run(gradients_of_a_share, recipe, sharding, parts):
         assert_close(actual, expected)
@@ -232,13 +214,16 @@ class Batches:
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size, self.order = count, size, ShardOrder(4, 0, False)
+        self.faults: dict[str, int] = {}
 
     def epoch(self, position: Position) -> Iterator[Batch]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
         done = position.consumed[0] // self.size if position.consumed else 0
         for i in range(done, self.count):
-            seed = 100 * position.epoch + 10 * i + (dist.get_rank() if dist.is_initialized() else 0)
+            origins = [(rank, i * self.size + k) for k in range(self.size)]
+            seed = 100 * position.epoch + 10 * i + rank
             yield replace(
-                batch(seed, self.size, torch.float32), consumed=(i + 1) * self.size, opened=1
+                batch(seed, self.size, torch.float32), consumed=(i + 1) * self.size, origins=origins
             )
 
 
@@ -252,7 +237,8 @@ def trainer(folder: str, count: int = STEPS, **settings: Any) -> Trainer:
     torch.manual_seed(rank)
     loader = Batches(count * chosen.accumulate, chosen.part_size(world))
     parallel = Parallel(rank, world)
-    return Trainer(module, loader, chosen, STEPS, Path(folder), parallel)  # type: ignore[arg-type]
+    planned = [STEPS] * chosen.epochs
+    return Trainer(module, loader, chosen, planned, Path(folder), parallel)  # type: ignore[arg-type]
 
 
 def losses_and_weights(run: Trainer) -> tuple[list[float], dict[str, Tensor]]:
@@ -323,7 +309,7 @@ def one_bad_process(folder: str) -> tuple[int, bool]:
     run.towers.train()
     run.update([part])
     same = all(torch.equal(p, before[name]) for name, p in run.towers.named_parameters())
-    return run.health.in_a_row, same
+    return run.guard.in_a_row, same
 
 
 def test_a_bad_batch_in_one_process_is_left_out_in_all(two: ProcessGroup, tmp_path: Path) -> None:
@@ -336,14 +322,15 @@ def test_a_bad_batch_in_one_process_is_left_out_in_all(two: ProcessGroup, tmp_pa
 def test_another_number_of_processes_goes_on(
     two: ProcessGroup, tmp_path: Path, sharding: str
 ) -> None:
-    """With the same weights and step, and none of the shards that were begun."""
+    """With the same weights and step, and without the samples that were taken."""
     settings: dict[str, Any] = {"sharding": sharding}
     two.run(train, str(tmp_path), settings, 2)
     found = Checkpoints(tmp_path).latest()
     assert found is not None
     run = trainer(str(tmp_path), **settings)
     assert run.step == 2
-    assert run.progress.position == Position(0, done=(0, 1))
+    half = (1 << PAIRS) - 1  # of two steps of half a batch each, in the shard of its rank
+    assert run.progress.position == Position(0, before={0: half, 1: half})
     for name, p in run.towers.named_parameters():
         assert torch.equal(p.reshape(-1), found.tensors[f"module.{name}"].reshape(-1)), name
     run.fit("test", StopRequest())

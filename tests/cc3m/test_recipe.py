@@ -1,29 +1,32 @@
 """Recipe files: what comes with the project, and what is wrong with a bad one."""
 
+import inspect
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from examples.cc3m.files import UserError
 from examples.cc3m.recipe import (
     RECIPES,
-    DistillationSettings,
-    HighOrderSettings,
-    InjectionSettings,
-    Recipe,
+    SMALL_CLIP,
+    TINY_CLIP,
+    TINY_STUDENT,
+    build_towers,
     load_recipe,
     recipe_names,
 )
 from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, RankCLIPLoss, SigLipLoss
+from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS
 from tests.helpers.features import features
 
-HIGH_ORDER: dict[str, Any] = {"name": "high_order", "order": 3}
+THIRD = {"HighOrderPLLoss": {"order": 3}}
 
 
 def test_the_methods_recipes_are_there() -> None:
@@ -35,141 +38,133 @@ def test_the_methods_recipes_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_spells_out_every_setting_it_has(name: str) -> None:
-    """A file says all its weights: reading it needs no look at defaults."""
+def test_a_recipe_spells_out_every_weight_it_has(name: str) -> None:
+    """Reading the file needs no look at defaults: every number of the objective is in it."""
     said = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    recipe = load_recipe(name)
-    without_effect = {
-        "injection": set()
-        if recipe.variant.stages.gate and name != "fusion_none"
-        else {"gate_weight"},
-        "loss": {"transition_dim", "share_transitions"}
-        if said["loss"].get("order") == 1
-        else set(),
-        "distillation": set(),
-    }
-    for section, unsaid in without_effect.items():
-        if section in said:
-            there = asdict(getattr(recipe, section))
-            assert set(there) - set(said[section]) == unsaid, section
-            assert {key: there[key] for key in said[section]} == said[section]
+    classes = {c.__name__: c for c in (ClipLoss, CyCLIPLoss, HighOrderPLLoss, SigLipLoss)}
+    ((loss, arguments),) = said["loss"].items()
+    weights = {x for x in inspect.signature(classes[loss]).parameters if x.endswith("_weight")}
+    assert weights <= arguments.keys()
+    if said.get("distillation"):
+        known = set(inspect.signature(PatchDistillation).parameters)
+        assert known - set(said["distillation"]["PatchDistillation"]) == {"distance", "angle"}
+    gated = FUSION_VARIANTS[said.get("variant", "none")].stages.gate
+    assert ("gate_weight" in said) == (gated and said.get("variant", "none") != "none")
 
 
 def test_weights_are_the_methods() -> None:
-    full = load_recipe("dinorankclip")
-    assert isinstance(full.loss, HighOrderSettings)
-    assert (full.loss.cross_modal_weight, full.loss.in_modal_weight) == (1 / 16, 1 / 16)
-    assert full.distillation == DistillationSettings()
-    assert (full.distillation.gram_weight, full.distillation.relational_weight) == (1.0, 1.0)
-    assert full.injection == InjectionSettings("full", 1e-3)
-    assert replace(load_recipe("fusion_full"), label=full.label) == full
-    image_only = load_recipe("image_only")
-    assert replace(load_recipe("fusion_image-only"), label=image_only.label) == image_only
-    third = load_recipe("highorder_r3")
-    assert full == replace(
-        third, label=full.label, injection=full.injection, distillation=full.distillation
-    )
+    full, third = load_recipe("dinorankclip"), load_recipe("highorder_r3")
+    assert full.loss["HighOrderPLLoss"]["cross_modal_weight"] == 1 / 16
+    assert full.loss["HighOrderPLLoss"]["in_modal_weight"] == 1 / 16
+    assert full.distillation is not None
+    distillation = full.distillation["PatchDistillation"]
+    assert (distillation["gram_weight"], distillation["relational_weight"]) == (1.0, 1.0)
+    assert (full.variant, full.gate_weight) == ("full", 1e-3)
+    for ours, theirs in (("full", "dinorankclip"), ("image-only", "image_only")):
+        other = load_recipe(theirs)
+        assert replace(load_recipe(f"fusion_{ours}"), label=other.label) == other
     for name in FUSION_VARIANTS:
         recipe = load_recipe(f"fusion_{name}")
-        assert recipe.variant is FUSION_VARIANTS[name]
+        assert recipe.variant == name
         assert recipe.loss == third.loss
-        assert recipe.distillation == (None if name == "none" else DistillationSettings())
+        assert recipe.distillation == (None if name == "none" else full.distillation)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "reference"),
+    ("name", "reference"),
     [
-        ("clip", ClipLoss, ClipLoss()),
-        ("siglip", SigLipLoss, SigLipLoss()),
-        ("cyclip", CyCLIPLoss, CyCLIPLoss()),
-        ("rankclip", HighOrderPLLoss, RankCLIPLoss()),
-        ("highorder_r2", HighOrderPLLoss, HighOrderPLLoss(8, 2)),
-        ("highorder_r3", HighOrderPLLoss, HighOrderPLLoss(8, 3)),
+        ("clip", ClipLoss()),
+        ("siglip", SigLipLoss()),
+        ("cyclip", CyCLIPLoss()),
+        ("rankclip", RankCLIPLoss()),
+        ("highorder_r2", HighOrderPLLoss(32, 2)),
+        ("highorder_r3", HighOrderPLLoss(32, 3)),
     ],
 )
-def test_losses_are_those_of_the_library(
-    name: str, kind: type[torch.nn.Module], reference: torch.nn.Module
-) -> None:
-    loss = load_recipe(name).build_loss(8)
-    assert isinstance(loss, kind)
+def test_losses_are_those_of_the_library(name: str, reference: nn.Module) -> None:
+    towers = build_towers(load_recipe(name), TINY_CLIP)
+    loss = towers.loss
     assert {n: p.shape for n, p in loss.named_parameters()} == {
         n: p.shape for n, p in reference.named_parameters()
     }
-    image, text = features(6)
+    image, text = features(6, 32)
+    loss.load_state_dict(reference.state_dict())
     assert torch.equal(loss(image, text, 5.0, -1.0), reference(image, text, 5.0, -1.0))
 
 
-def test_settings_reach_the_loss() -> None:
-    settings = HighOrderSettings(
-        order=2,
-        transition_dim=4,
-        top_k=3,
-        contrastive_weight=0.5,
-        cross_modal_weight=0.1,
-        in_modal_weight=0.2,
-        discount="log",
-        exclude_self=True,
-        share_transitions=False,
-    )
-    loss = Recipe("x", settings).build_loss(8)
-    expected = HighOrderPLLoss(
-        8,
-        2,
-        transition_dim=4,
-        top_k=3,
-        contrastive_weight=0.5,
-        cross_modal_weight=0.1,
-        in_modal_weight=0.2,
-        discount="log",
-        exclude_self=True,
-        share_transitions=False,
-    )
-    assert repr(loss) == repr(expected)
-    image, text = features(6)
-    assert torch.equal(loss(image, text, 5.0), expected(image, text, 5.0))
+def test_models_start_from_the_same_weights_and_siglip_from_its_own_scale() -> None:
+    built = {}
+    for name in ("clip", "siglip", "dinorankclip"):
+        torch.manual_seed(0)
+        built[name] = build_towers(load_recipe(name), TINY_CLIP, TINY_STUDENT)
+    states = {name: towers.model.state_dict() for name, towers in built.items()}
+    for key, value in states["clip"].items():
+        assert torch.equal(value, states["dinorankclip"][key]), key
+        assert torch.equal(value, states["siglip"][key]) == (key != "logit_scale"), key
+    assert float(states["siglip"]["logit_scale"]) == pytest.approx(math.log(10))
+    assert float(states["siglip"]["logit_bias"]) == -10
+    assert built["dinorankclip"].student is not None
+    assert built["clip"].student is None
 
 
-def test_siglip_starts_from_its_own_scale_and_bias() -> None:
-    options = load_recipe("siglip").model_options
-    assert options == {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    assert load_recipe("dinorankclip").model_options == {}
+def test_reading_a_recipe_leaves_the_generators_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load_recipe("highorder_r3")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_fit_the_model_is_refused() -> None:
+    recipe = load_recipe("dinorankclip")
+    with pytest.raises(UserError, match=r"third order .* does not fit the model: "):
+        build_towers(recipe, SMALL_CLIP, {"image_options": {"width": 3}})
+
+
+def test_a_file_of_ones_own_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    data = {"label": "mine", "loss": {**HIGH_ORDER, "order": 5, "contrastive_weight": 1}}
-    path.write_text(yaml.safe_dump(data))
-    assert load_recipe(path) == load_recipe(str(path)) == Recipe("mine", HighOrderSettings(order=5))
+    path.write_text(yaml.safe_dump({"label": "mine", "loss": {"HighOrderPLLoss": {"order": 5}}}))
+    assert load_recipe(path) == load_recipe(str(path))
+    changes = ["loss.HighOrderPLLoss.order=2", "loss.HighOrderPLLoss.top_k=8", "variant=pyramid"]
+    changed = load_recipe(path, changes)
+    assert changed.loss == {"HighOrderPLLoss": {"order": 2, "top_k": 8}}
+    assert changed.variant == "pyramid"
+    for bad in ("loss.order", "label.x=3"):
+        with pytest.raises(UserError, match="write for example"):
+            load_recipe(path, [bad])
 
 
 def wrong(**changes: Any) -> dict[str, Any]:
-    return {"label": "x", "loss": HIGH_ORDER, **changes}
+    return {"label": "x", "loss": THIRD, **changes}
+
+
+def high(**arguments: Any) -> dict[str, Any]:
+    return wrong(loss={"HighOrderPLLoss": {"order": 3, **arguments}})
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([1, 2], "a recipe has a label, and a loss with a name"),
-        ({"label": "x"}, "a recipe has a label, and a loss with a name"),
-        (wrong(loss={"name": "moco"}), "'moco', but must be one of clip, siglip, cyclip, high_ord"),
-        (wrong(loss={**HIGH_ORDER, "lambda": 1}), "loss: unknown lambda; there are name, order"),
-        (wrong(loss={"name": "clip", "order": 1}), "loss: unknown order; there are name, contras"),
-        (wrong(schedule={}), "unknown schedule; there are label, loss, injection, distillation"),
-        ({"loss": HIGH_ORDER}, 'missing value for field "label"'),
-        (wrong(loss={**HIGH_ORDER, "order": "3"}), 'loss: wrong value type for field "order"'),
-        (wrong(loss={**HIGH_ORDER, "order": True}), 'loss: wrong value type for field "order"'),
-        (wrong(loss={**HIGH_ORDER, "top_k": 2.5}), 'loss: wrong value type for field "top_k"'),
-        (wrong(loss={**HIGH_ORDER, "discount": "l"}), "discount.*choose one of none, log"),
-        (wrong(loss={**HIGH_ORDER, "in_modal_weight": True}), 'field "in_modal_weight"'),
-        (wrong(loss={**HIGH_ORDER, "in_modal_weight": -1}), "in_modal_weight must not be negative"),
-        (wrong(loss={"name": "siglip", "initial_scale": 0}), "initial_scale must be positive"),
-        (wrong(injection="full"), "injection must be a mapping of settings, got 'full'"),
-        (wrong(injection={"variant": "fulll"}), "no fusion variant 'fulll'; there are none, pyr"),
-        (wrong(distillation={}), "only an injection into the image tower uses"),
-        (wrong(distillation={}, injection={"variant": "none"}), "choose another injection.variant"),
+        ([1, 2], "a recipe has a label, and a loss"),
+        ({"label": "x"}, "a recipe has a label, and a loss"),
+        ({"loss": THIRD}, "a recipe has a label, and a loss"),
+        (wrong(loss={"MoCo": {}}), "there is no 'MoCo'; choose one of HighOrderPLLoss, "),
+        (wrong(loss="clip"), "loss must be .*got 'clip'"),
+        (wrong(loss={"ClipLoss": {}, "SigLipLoss": {}}), "one class name with its arguments"),
+        (wrong(loss={"ClipLoss": {"order": 1}}), "unexpected keyword argument 'order'|order"),
+        (high(**{"lambda": 1}), "unexpected keyword argument 'lambda'|lambda"),
+        (high(discount="l"), "discount"),
+        (high(in_modal_weight=-1), "in_modal_weight|negative"),
+        (high(cross_modal_weight=0.0, in_modal_weight=0.0), "weight"),
+        (wrong(schedule={}), "unknown schedule; there are label, loss, model, variant"),
+        (wrong(variant="fulll"), "no variant 'fulll'; there are none, pyr"),
+        (wrong(gate_weight=-1), "gate_weight must not be negative"),
         (
-            wrong(injection={}, distillation={"relations": "mean"}),
-            "distillation: .*choose one of patches, cls",
+            wrong(distillation={"PatchDistillation": {}}),
+            "only an injection into the image tower uses; choose another variant",
+        ),
+        (
+            wrong(variant="full", distillation={"PatchDistillation": {"relations": "mean"}}),
+            "relations",
         ),
     ],
 )
@@ -192,9 +187,3 @@ def test_what_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"mine\.yaml is not YAML"):
         load_recipe(path)
-
-
-def test_contradictions_show_when_the_loss_is_built() -> None:
-    settings = HighOrderSettings(order=2, cross_modal_weight=0.0, in_modal_weight=0.0)
-    with pytest.raises(UserError, match="recipe 'mine': "):
-        Recipe("mine", settings).build_loss(8)

@@ -7,23 +7,25 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.cc3m.batches import Batch, Position, ShardOrder
 from examples.cc3m.checkpoint import Checkpoints, load_tensors, save_tensors
-from examples.cc3m.files import SettingsChanged, UserError, claim_directory, write_atomically
-from examples.cc3m.generators import seed_generators
-from examples.cc3m.health import NotFinite
-from examples.cc3m.optimization import MAX_SCALE, learning_rate, parameter_groups
+from examples.cc3m.files import (
+    SettingsChanged,
+    UserError,
+    claim_directory,
+    locked,
+    write_atomically,
+)
+from examples.cc3m.loader import Batch, Position, ShardOrder
+from examples.cc3m.loop import MAX_SCALE, NotFinite, Trainer, learning_rate, parameter_groups
+from examples.cc3m.parallel import Interrupted, StopRequest, seed_generators
 from examples.cc3m.settings import TrainSettings
-from examples.cc3m.signals import Interrupted, StopRequest
-from examples.cc3m.towers import Towers
-from examples.cc3m.training import Trainer
-from rankloss import ClipLoss, HighOrderPLLoss
+from rankloss import ClipLoss, DinoRankCLIP, HighOrderPLLoss
 
 WIDTH, STEPS = 4, 6
 SETTINGS = TrainSettings(
@@ -61,6 +63,7 @@ class Batches:
     """Stands for a ShardLoader: six batches an epoch, a function of the epoch."""
 
     streams, resample, order = 1, False, ShardOrder(1, 0, False)
+    faults: ClassVar[dict[str, int]] = {}
 
     def epoch(self, position: Position) -> Iterator[Batch]:
         done = position.consumed[0] // 3 if position.consumed else 0
@@ -69,19 +72,25 @@ class Batches:
             images = torch.randn(3, 3, 2, 2, generator=generator)
             texts = torch.randint(0, 20, (3, 5), generator=generator)
             if i >= done:
-                yield Batch(images, texts, [], 0, 3 * (i + 1))
+                origins = [(0, 3 * i + k) for k in range(3)]
+                yield Batch(images, texts, [], 0, 3 * (i + 1), origins=origins)
+
+
+def towers(loss: nn.Module) -> DinoRankCLIP:
+    return DinoRankCLIP(Model(), loss=loss, variant="none", embed_dim=WIDTH)
 
 
 def trainer(path: Path, settings: TrainSettings = SETTINGS, order: int = 3) -> Trainer:
     seed_generators(0)
     loss = HighOrderPLLoss(WIDTH, order=order) if order else ClipLoss()
-    return Trainer(Towers(Model(), loss), Batches(), settings, STEPS, path)  # type: ignore[arg-type]
+    planned = [STEPS] * settings.epochs
+    return Trainer(towers(loss), Batches(), settings, planned, path)  # type: ignore[arg-type]
 
 
 def test_decay_spares_vectors_and_named_parameters_and_loss_parameters() -> None:
-    towers = Towers(Model(), HighOrderPLLoss(WIDTH, order=3))
-    decayed, plain = parameter_groups(towers, 0.3)
-    names = {id(p): name for name, p in towers.named_parameters()}
+    made = towers(HighOrderPLLoss(WIDTH, order=3))
+    decayed, plain = parameter_groups(made, 0.3)
+    names = {id(p): name for name, p in made.named_parameters()}
     assert [names[id(p)] for p in decayed["params"]] == ["model.image.weight"]
     spared = {names[id(p)] for p in plain["params"]}
     assert {"model.logit_scale", "model.text.weight", "model.norm.weight"} < spared
@@ -155,13 +164,47 @@ def test_a_signal_stops_after_the_step_and_resuming_is_exact(tmp_path: Path, sto
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_second_signal_has_its_usual_effect() -> None:
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Where SIGINT is ignored (background jobs, some CI runners), it has no usual effect."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_second_ctrl_c_has_its_usual_effect_unless_it_disturbs_saving() -> None:
     stop = StopRequest()
     with pytest.raises(KeyboardInterrupt), stop.listening():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal_number == signal.SIGINT
+        assert stop.wanted
+        stop.saving = True
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.saving = False
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_other_signals_ask_to_stop_any_number_of_times(name: str) -> None:
+    """A cluster sends one to every process, and torchrun passes it on."""
+    stop, number = StopRequest(), getattr(signal, name)
+    before = signal.getsignal(number)
+    with stop.listening():
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert stop.signal_number == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_worker_of_torchrun_stops_when_torchrun_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    stop = StopRequest()
+    assert not stop.wanted
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.wanted
+    assert not StopRequest().wanted
 
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
@@ -179,7 +222,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None
 
 
 def test_other_training_settings_do_not_resume(tmp_path: Path) -> None:
-    trainer(tmp_path / "checkpoint").save()
+    trainer(tmp_path / "checkpoint").save(wait=True)
     trainer(tmp_path / "checkpoint")
     with pytest.raises(UserError, match="other settings"):
         trainer(tmp_path / "checkpoint", replace(SETTINGS, learning_rate=0.5))
@@ -188,14 +231,46 @@ def test_other_training_settings_do_not_resume(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path: Path) -> None:
+    """--fresh removes what a run wrote there, and nothing else."""
     run = tmp_path / "run"
     claim_directory(run, {"a": {"b": 1, "c": (2, 3)}})
-    (run / "weights").write_text("x")
+    (run / "checkpoints").mkdir()
+    written = [run / "checkpoints" / "step_00000001.safetensors", run / "results.jsonl"]
+    others = [run / "00000.tar", run / "checkpoints" / "notes.txt"]
+    for path in (*written, *others):
+        path.write_text("x")
     claim_directory(run, {"a": {"b": 1, "c": [2, 3]}})
     with pytest.raises(SettingsChanged, match=r"a\.b: 1 -> 5\).*--fresh"):
         claim_directory(run, {"a": {"b": 5, "c": [2, 3]}})
+    assert all(path.exists() for path in written)
     claim_directory(run, {"a": {"b": 5, "c": [2, 3]}}, fresh=True)
-    assert [x.name for x in run.iterdir()] == ["settings.json"]
+    assert not any(path.exists() for path in written)
+    assert all(path.exists() for path in others)
+    claim_directory(run, {"a": {"b": 6, "c": [2, 3]}}, changeable=["a.b"])
+    assert json.loads((run / "settings_changed.jsonl").read_text()) == {"a.b": [5, 6]}
+    with pytest.raises(SettingsChanged, match=r"a\.c: \[2, 3\] -> \[4\]"):
+        claim_directory(run, {"a": {"b": 6, "c": [4]}}, changeable=["a.b"])
+
+
+def test_a_folder_that_cannot_be_the_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "settings.json").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "others" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "others" / "checkpoints" / "step_1.safetensors").write_text("x")
+    with pytest.raises(UserError, match=r"step_1\.safetensors, which no run of this script wrote"):
+        claim_directory(tmp_path / "others", {}, fresh=True)
+    for name in ("data", "file"):
+        with pytest.raises(UserError, match=r"cannot be written to .*; choose another --out"):
+            claim_directory(tmp_path / name, {})
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(UserError, match="another process is writing to"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_optimizer_state_keeps_the_memory_layout(tmp_path: Path) -> None:
@@ -245,7 +320,7 @@ def test_a_good_step_ends_the_row(tmp_path: Path) -> None:
     for _ in range(3):
         run.update([broken])
         run.update([batch])
-    assert (run.health.in_a_row, run.health.total) == (0, 3)
+    assert (run.guard.in_a_row, run.guard.total) == (0, 3)
 
 
 def test_tensors_round_trip(tmp_path: Path) -> None:

@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.cc3m.evaluation import (
+from examples.demo.measures import (
+    Metric,
+    Outcomes,
+    difference,
     match_ranks,
     mean_and_error,
-    modality_gap,
-    recall_at,
+    mean_and_spread,
+    measure,
+    metrics,
     spearman,
     zero_shot_hits,
 )
-from examples.demo.measures import Metric, Outcomes, difference, mean_and_spread, measure, metrics
 from examples.demo.report import TrainedRow, report_text, results_json
 from examples.demo.scenes import ALL_PAIRS, ATTRIBUTES, Scene, overlap, sample_scene
+from examples.evaluation.gap import modality_gap
+from examples.evaluation.retrieval import recall_at
 
 
 def test_ranks_of_matches() -> None:

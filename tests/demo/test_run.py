@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.cc3m.batches import Batch
 from examples.cc3m.files import UserError
+from examples.cc3m.loader import Batch
+from examples.cc3m.loop import Trainer
 from examples.cc3m.recipe import load_recipe
-from examples.cc3m.training import Trainer
 from examples.demo.run import FAST, RECIPES, main
 from examples.demo.scene_shards import prepare_scenes
 from examples.demo.teacher import TeacherSettings, describe, extract_features
@@ -36,11 +36,12 @@ sys.argv[0] = "demo"
 RUN = 'runpy.run_module("examples.demo", run_name="__main__")'
 KILL = f"""
 import os, signal
-from examples.cc3m.training import Trainer
+from examples.cc3m.loop import Trainer
 update, calls = Trainer.update, []
 def killed(self, batch):
     calls.append(1)
     if len(calls) == {KILLED_AT}:
+        self.checkpoints.wait()  # it is written while training goes on
         os.kill(os.getpid(), signal.SIGKILL)
     return update(self, batch)
 Trainer.update = killed

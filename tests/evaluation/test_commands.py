@@ -10,7 +10,7 @@ import torch
 from open_clip import CLIP
 from PIL import Image
 
-from examples.cc3m.export import export
+from examples.cc3m.checkpoint import export
 from examples.evaluation.__main__ import main
 from examples.evaluation.report import Table
 
