@@ -196,7 +196,7 @@ def whole_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Ten
     """Gather weights and buffers, copied: on the CPU of the first process, {} in the others.
 
     Args:
-        module: of which every process has a shard or a copy; every process must take part.
+        module: sharded or copied among the processes, all of which must take part.
         everywhere: in every process, on its own device.
     """
     state: Any = get_model_state_dict(module, options=IN_EACH if everywhere else IN_FIRST)
@@ -291,7 +291,7 @@ def export(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Pa
     Args:
         folder: made if missing.
         config: the model's, in the format of open_clip's model_configs.
-        state: of the whole module, by name.
+        state: the whole module's tensors, by name.
 
     Returns:
         The file with the model's weights.

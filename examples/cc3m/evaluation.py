@@ -35,7 +35,7 @@ class Evaluator:
         transform: PIL RGB -> (3, H, W), without augmentation.
         tokenize: captions -> (B, L) int64.
         parallel: processes among which the data are divided.
-        precision: of the model, as in training.
+        precision: that of the model, as in training.
         workers: processes that decode for each process.
 
     Raises:

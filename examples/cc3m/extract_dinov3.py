@@ -41,7 +41,7 @@ WRITTEN = ("settings.json", "manifest.json", "pca.*", "*.tar", "*_stats.json")
 
 @dataclass
 class Progress:
-    """What the run has done."""
+    """Record of a run's work."""
 
     bar: Any
     images: int = 0
@@ -263,7 +263,7 @@ def _settings(
 def _manifest(
     settings: dict[str, Any], teacher: Dinov3Teacher, pca: TokenPCA | None, resolution: int
 ) -> dict[str, Any]:
-    """What a reader needs to know."""
+    """Facts that a reader needs."""
     side = resolution // teacher.patch_size
     return {
         **{name: value for name, value in settings.items() if name != "pca"},

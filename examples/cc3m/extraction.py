@@ -109,9 +109,9 @@ def fit_pca(
     Args:
         extractor: makes the tokens.
         shards: where images are.
-        dim, centre: of the PCA.
+        dim, centre: width of the PCA, and whether it subtracts the mean.
         images, max_tokens: size of the sample.
-        seed: of the sample.
+        seed: decides the sample.
 
     Raises:
         UserError: there are too few tokens, or dimensions, for `dim` components.

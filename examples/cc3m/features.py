@@ -33,7 +33,7 @@ SUFFIXES = ("patches.npy", "cls.npy")
 
 
 class Features(NamedTuple):
-    """Of one image, or of a batch with one more dimension in front; float16.
+    """Features of one image, or of a batch with one more dimension in front; float16.
 
     Attributes:
         patches: (h w, dim) projected patch tokens, in row-major order of the manifest's grid.
@@ -46,7 +46,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """Where the features of a set of image shards are."""
+    """Folder with the features of a set of image shards."""
 
     path: Path
 
@@ -84,7 +84,7 @@ class FeatureFolder:
         return manifest_hash(there)
 
     def is_done(self, images: str, made_by: str) -> bool:
-        """Whether the features of an image shard are there.
+        """Say if the features of an image shard are there.
 
         Raises:
             UserError: something else made them, or the image shard has changed since.

@@ -34,7 +34,7 @@ class Gradients:
     Args:
         towers: what is trained; FSDP2 shards it in place.
         parallel, sharding: processes that share the gradient, and how.
-        precision: of the model under autocast; the loss computes in float32 whatever it is.
+        precision: that of the model under autocast; the loss computes in float32 whatever it is.
         scaler: multiplies the loss before the backward pass, for float16.
         clock: told the time of the model and of the loss.
         teacher_grid: (height, width) of the teacher's patches, for recipes that distil.

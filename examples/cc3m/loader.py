@@ -59,7 +59,7 @@ class Batch:
     consumed: int
     """Samples the stream has given since the epoch began, broken ones included."""
     faults: dict[str, int] = field(default_factory=dict)
-    """What was wrong with samples since the stream's last batch, by kind."""
+    """Faults of samples since the stream's last batch, by kind."""
     origins: list[Origin] = field(default_factory=list)
     """Shard and place of every sample the stream gave since its last batch, broken ones too."""
     sizes: dict[int, int] = field(default_factory=dict)
@@ -217,11 +217,11 @@ class ShardLoader:
             and a smaller last batch otherwise.
         shuffle: size of the shuffle buffer in samples, of each stream; shards are shuffled too.
             0 keeps the order of the files.
-        seed: of the order and of augmentation.
+        seed: decides order and augmentation.
         workers: processes that decode; 0 decodes in this one.
         rank, world_size: this process's share of the shards.
         records: keep each sample's json.
-        features: of a teacher, joined to images by shard and key; samples without any count as
+        features: a teacher's, joined to images by shard and key; samples without any count as
             unreadable. `transform` must then show what the teacher saw: the resized image's
             centre, as open_clip's transform for evaluation does. After a random crop the
             features would be those of other patches.
@@ -371,7 +371,7 @@ class _Example(NamedTuple):
 
 @dataclass(frozen=True)
 class _End:
-    """What a stream says last: faults after its last batch."""
+    """Last word of a stream: faults after its last batch."""
 
     stream: int
     consumed: int

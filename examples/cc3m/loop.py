@@ -61,7 +61,7 @@ class NonFiniteGuard:
     Args:
         module: whose buffers (running statistics) a bad step must not change.
         folder: gets skipped_<rank>.jsonl, a line a skipped step.
-        rank: of this process.
+        rank: this process's.
         most: skipped steps in a row before giving up.
     """
 
@@ -161,7 +161,7 @@ class Trainer:
         settings: how to train.
         planned: steps of each epoch, for the schedule. An epoch ends when some process's data do,
             or after so many steps if its data never end.
-        folder: of the checkpoints; need not exist.
+        folder: holds the checkpoints; need not exist.
         parallel: the processes that train together.
         teacher_grid: (height, width) of the teacher's patches, for recipes that distil.
         change: go on from a checkpoint that was made with other settings, too.
@@ -236,7 +236,7 @@ class Trainer:
         """Train to the end.
 
         Args:
-            label: of the progress bar.
+            label: text of the progress bar.
             stop: asks to stop after the current step, in any process.
             after_epoch: evaluates, and adds to `progress.evaluations`; False if it was asked to
                 stop before it was done. It comes again after a resume then.

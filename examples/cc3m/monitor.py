@@ -1,4 +1,4 @@
-"""Where the time of training goes, and what a run tells: terminal, TensorBoard, wandb, curves."""
+"""Shares of training's time, and a run's reports: terminal, TensorBoard, wandb, curves."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class RunLog:
     """Places where the values of a run go; only the first process has one.
 
     Args:
-        folder: of the run; train.log there gets every line.
-        settings: of the run, for wandb.
+        folder: the run's; train.log there gets every line.
+        settings: the run's, for wandb.
         tensorboard: whether to write there.
         wandb: name of the project there; None: not to write there.
         step: where the run goes on; what a lost part of it wrote after that is hidden.

@@ -33,7 +33,7 @@ class Parallel:
     """This process among all.
 
     Args:
-        rank, world_size: of all processes.
+        rank, world_size: this process's number, and how many there are.
         device: where this one computes.
     """
 

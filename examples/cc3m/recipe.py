@@ -37,7 +37,7 @@ class Recipe:
         loss: loss of the embeddings, {"class name": {arguments}}.
         model: further arguments of open_clip.CLIP that the loss wants.
         variant: key of `rankloss.fusion.FUSION_VARIANTS`; "none" has no student.
-        distillation: of the student, {"PatchDistillation": {arguments}}, or None.
+        distillation: the student's, {"PatchDistillation": {arguments}}, or None.
         gate_weight: weight of mean |gate|.
     """
 
@@ -180,7 +180,7 @@ def build_towers(
 
     Args:
         recipe: what to train with.
-        config: of the model, built first: every recipe starts from the same one.
+        config: the model's, which is built first: every recipe starts from the same one.
         student: arguments of `DualBranchStudent`; None: ViT-Tiny of the model's sizes.
 
     Raises:

@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """Course of training: batches, rates, precision.
 
     Args:
         epochs: over the data.
@@ -45,10 +45,10 @@ class TrainSettings:
         accumulate: parts that each process makes of its share of a batch, one after the other, so
             that only one needs memory for its activations; the gradient stays the batch's.
         learning_rate: at its peak; reached after `warmup_steps`, then a cosine down to 0.
-        weight_decay: of matrices; see `parameter_groups` for what it spares.
+        weight_decay: decay of matrices; see `parameter_groups` for what it spares.
         clip_norm: largest gradient norm; inf does not clip.
-        precision: of the model; amp_bf16 and amp_fp16 are autocast's.
-        sharding: of gradients alone (ddp), or of parameters and optimizer too (fsdp2).
+        precision: that of the model; amp_bf16 and amp_fp16 are autocast's.
+        sharding: gradients alone are averaged (ddp), or parameters and optimizer sharded too (fsdp2).
         checkpoint_steps: steps between checkpoints.
         keep_checkpoints: how many stay.
         keep_epochs: also keep the checkpoint of every so many epochs for good; 0 keeps none.
@@ -56,7 +56,7 @@ class TrainSettings:
         most_skipped: steps in a row without finite loss and gradient before training gives up.
         roll_back: times to go back to the last checkpoint instead of giving up, and to leave out
             the batches that led there.
-        seed: of initialisation, order and augmentation.
+        seed: decides initialisation, order and augmentation.
     """
 
     epochs: int = 3
@@ -153,7 +153,7 @@ CC3M = TrainSettings(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, and when.
+    """Measures, and when they are taken.
 
     Args:
         pairs: image-text shards for retrieval, modality gap, alignment and uniformity.

@@ -143,7 +143,7 @@ def decode(sample: dict[str, Any], failures: Failures | None = None) -> tuple[Im
     """RGB image and caption.
 
     Args:
-        sample: of `read_shard`.
+        sample: one that `read_shard` gave.
         failures: counts what was repaired.
 
     Raises:
@@ -256,5 +256,5 @@ class Failures:
 
 
 def unusable(counts: dict[str, int]) -> int:
-    """How many of these faults cost a sample."""
+    """Number of these faults that cost a sample."""
     return sum(count for kind, count in counts.items() if kind not in REPAIRED)

@@ -56,7 +56,7 @@ class Classification(IterableDataset[tuple[Tensor, int]]):
             folders; None: open_clip's names of ImageNet if there are 1000 folders, else the
             folders' names.
         transform: PIL RGB -> (3, H, W).
-        names: of the classes, in the place of `classes` and whatever the folders are called.
+        names: those of the classes, in the place of `classes` and whatever the folders are called.
 
     Raises:
         UserError: there are no such images, or names are missing.
@@ -142,7 +142,7 @@ def zero_shot(
 
     Args:
         towers: with open_clip's `encode_image` and `encode_text`.
-        data: of which each process reads a part.
+        data: labelled images; each process reads a part.
         tokenize: captions -> (B, L) int64.
         batch_size: images that a process encodes at a time.
         device: where the towers are.

@@ -197,7 +197,7 @@ def _centred_places(x: Tensor) -> Tensor:
 
 
 def zero_shot_hits(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is nearest to its own class.
+    """Say if each image is nearest to its own class.
 
     Args:
         images: (N, D) unit-norm.

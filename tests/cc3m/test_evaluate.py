@@ -1,4 +1,4 @@
-"""What is measured after every epoch, against the definitions spelled out."""
+"""Measures taken after every epoch, against the definitions spelled out."""
 
 import json
 import math

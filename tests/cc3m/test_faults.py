@@ -1,4 +1,4 @@
-"""What real shards contain: every kind of fault is counted by its name, and survived."""
+"""Faults of real shards: every kind of fault is counted by its name, and survived."""
 
 import io
 import json

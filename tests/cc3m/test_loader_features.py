@@ -76,7 +76,7 @@ def shards(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def reader(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> FeatureReader:
-    """Of features that the extraction script itself wrote."""
+    """Features that the extraction script itself wrote."""
     monkeypatch.setattr(extract_dinov3, "Dinov3Teacher", MeanColours)
     command = [*shards, "--resolution", str(SIDE), "--dim", "0", "--device", "cpu"]
     assert extract_dinov3.main(command) == 0

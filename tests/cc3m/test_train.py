@@ -186,7 +186,7 @@ def said_by(processes: list[Running]) -> str:
 def test_two_processes_killed_and_resumed_with_sharded_parameters(
     work: Path, programs: Programs
 ) -> None:
-    """When one of them is killed the other ends too; afterwards they go on bit for bit."""
+    """One of them is killed and the other ends too; afterwards they go on bit for bit."""
     more = ("--train.sharding", "fsdp2", *evaluated(work))
     undisturbed = programs.start_all(2, arguments(work, "fsdp", *more), work, ACT)
     assert finish(undisturbed) == [0, 0], said_by(undisturbed)

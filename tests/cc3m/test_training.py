@@ -166,7 +166,7 @@ def test_a_signal_stops_after_the_step_and_resuming_is_exact(tmp_path: Path, sto
 
 @pytest.fixture
 def usual_signals() -> Iterator[None]:
-    """Where SIGINT is ignored (background jobs, some CI runners), it has no usual effect."""
+    """SIGINT that is ignored (background jobs, some CI runners) has no usual effect."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
