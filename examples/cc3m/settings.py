@@ -48,7 +48,7 @@ class TrainSettings:
         weight_decay: decay of matrices; see `parameter_groups` for what it spares.
         clip_norm: largest gradient norm; inf does not clip.
         precision: that of the model; amp_bf16 and amp_fp16 are autocast's.
-        sharding: gradients alone are averaged (ddp), or parameters and optimizer sharded too (fsdp2).
+        sharding: ddp averages gradients; fsdp2 also shards parameters and optimizer.
         checkpoint_steps: steps between checkpoints.
         keep_checkpoints: how many stay.
         keep_epochs: also keep the checkpoint of every so many epochs for good; 0 keeps none.
