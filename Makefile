@@ -10,7 +10,7 @@ RESULTS := benchmarks/results
 # threads that wait for others sleep: several processes share the cores in the tests
 test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-long lint benchmarks wheel clean
+.PHONY: demo test test-long lint benchmarks docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -29,6 +29,9 @@ lint: $(STAMP)
 benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks --json $(RESULTS)/cpu.json --markdown $(RESULTS)/cpu.md \
 	    --summary $(RESULTS)/cpu_summary.md
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs build/docs
 
 # The wheel, installed alone in a fresh environment, must pass the tests outside the checkout.
 wheel: $(STAMP)
