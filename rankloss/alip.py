@@ -1,23 +1,19 @@
 """ALIP: CLIP on raw and on synthetic captions, each pair weighted by how well it fits."""
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from rankloss.checks import as_scalar, check_features
-from rankloss.distributed import (
-    ALONE,
-    GlobalBatch,
-    HoldsProcessGroup,
-    gather_batch,
-    gather_with_gradient,
-    rank_and_world_size,
-)
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from rankloss.checks import check_features
+from rankloss.clip import clip_loss, positive_mask
+from rankloss.distributed import GlobalBatch, gather_batch, gather_features
+from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
 from rankloss.scores import cross_modal_scores
 
 
-class ALIPLoss(HoldsProcessGroup, nn.Module):
+class ALIPLoss(GlobalBatchLoss):
     """ALIP: images against their raw texts and against synthetic captions, good pairs first.
 
     Of sample i with image x, raw text t and synthetic caption c, three similarities S_tc, S_xt and
@@ -36,16 +32,15 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
     The running means are in `state_dict` (the published code forgets them when training resumes),
     and weights belong to this process's own samples.
 
-    Each process scores its own pairs against all candidates, gathered with gradient: under DDP's
-    averaging the gradient is the global batch's at any world size.
+    With the default `local_loss` and `gather_with_grad` each process scores its own pairs against
+    all candidates: under DDP's averaging the gradient is the global batch's at any world size.
 
     Args:
         sample_gamma, pair_gamma: g_s and g_p, sharpness of the two weights; 2 in the paper.
         momentum: m, in [0, 1).
         accum_freq: forwards to an optimizer step. The means move once a step, by the mean over its
-            forwards, whether these see parts of a batch or, as in open_clip, the batch each time.
-            Only forwards in training mode count.
-        process_group, rank, world_size: see `rankloss.global_batch.GlobalBatchLoss`.
+            forwards in training mode; gradients as in `rankloss.global_batch.GlobalBatchLoss`.
+        local_loss, gather_with_grad, process_group, rank, world_size: see there.
 
     Attributes:
         means: (3,) float32, the running means H of S_tc, S_xt and S_xc.
@@ -68,21 +63,15 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         sample_gamma: float = 2.0,
         pair_gamma: float = 2.0,
         momentum: float = 0.99,
-        accum_freq: int = 1,
-        process_group: dist.ProcessGroup | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **gathering: Unpack[GatherOptions],
     ) -> None:
-        super().__init__()
-        if sample_gamma < 0 or pair_gamma < 0 or not 0 <= momentum < 1 or accum_freq < 1:
+        super().__init__(**gathering)
+        if sample_gamma < 0 or pair_gamma < 0 or not 0 <= momentum < 1:
             raise ValueError(
-                "ALIPLoss: need sample_gamma and pair_gamma >= 0, momentum in [0, 1) and "
-                f"accum_freq >= 1, got {sample_gamma}, {pair_gamma}, {momentum} and {accum_freq}"
+                "ALIPLoss: need sample_gamma and pair_gamma >= 0 and momentum in [0, 1), got "
+                f"{sample_gamma}, {pair_gamma} and {momentum}"
             )
-        self.sample_gamma, self.pair_gamma = sample_gamma, pair_gamma
-        self.momentum, self.accum_freq = momentum, accum_freq
-        self.process_group = process_group
-        self.rank, self.world_size = rank, world_size
+        self.sample_gamma, self.pair_gamma, self.momentum = sample_gamma, pair_gamma, momentum
         self.means: Tensor
         self.pending: Tensor
         self.forwards: Tensor
@@ -104,16 +93,20 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         logit_bias: Tensor | float | None = None,
         *,
         caption_features: Tensor,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
         local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of this process's triplets.
+        """Compute the loss of this process's triplets.
 
         Args:
             image_features, text_features, logit_scale: as in `SigLipLoss.forward`; the texts are
                 the raw ones.
             logit_bias: added to the logits.
             caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
+            image_ids, text_ids: (n,) integers; pairs that share an id are positives. Synthetic
+                captions have their images' ids alone.
             local: leave other processes out: the loss of these n samples alone. The means stay.
             output_dict: return {"contrastive_loss", "caption_loss"}, of raw texts and of
                 captions, whose sum is the loss.
@@ -121,23 +114,34 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
         Raises:
             TypeError, ValueError: as `SigLipLoss.forward`.
         """
-        check_features(image_features, text_features, None)
-        check_features(image_features, caption_features, None)
-        scale = as_scalar("logit_scale", logit_scale, image_features)
-        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
-        group = (
-            ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
+
+        def captions_too() -> list[Tensor]:
+            check_features(image_features, caption_features, None)
+            return [caption_features]
+
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+            others=captions_too,
         )
-        gathered = gather_with_gradient(caption_features, group)  # all agree on n and D here
-        texts = gather_batch(
-            image_features, text_features, group, local_loss=True, gather_with_grad=True
-        ).in_full_precision()
-        gathered = gathered.to(texts.images.dtype)
-        captions = texts._replace(text_anchors=caption_features.to(gathered.dtype), texts=gathered)
+        how = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
+        texts = gather_batch(image_features, text_features, inputs.processes, **how)
+        everywhere = gather_features(caption_features, inputs.processes, **how)
+        texts = texts.in_full_precision()
+        everywhere = everywhere.to(texts.images.dtype)
+        own = texts.image_anchors is not texts.images  # anchors are this process's samples alone
+        anchors = caption_features.to(everywhere.dtype) if own else everywhere
+        captions = texts._replace(text_anchors=anchors, texts=everywhere)
         moving = self.training and not local
         text_weights, caption_weights = self._weights(texts, captions, moving)
-        contrastive = _weighted_clip(texts, scale, bias, text_weights)
-        caption = _weighted_clip(captions, scale, bias, caption_weights)
+        caption_ids = [] if inputs.image_ids is None else [inputs.image_ids]
+        contrastive = _weighted_clip(texts, inputs, inputs.ids, text_weights)
+        caption = _weighted_clip(captions, inputs, caption_ids, caption_weights)
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}
         return contrastive + caption
@@ -176,11 +180,9 @@ class ALIPLoss(HoldsProcessGroup, nn.Module):
 
 
 def _weighted_clip(
-    batch: GlobalBatch, scale: Tensor, bias: Tensor | None, weights: Tensor
+    batch: GlobalBatch, inputs: Inputs, ids: Sequence[Tensor], weights: Tensor
 ) -> Tensor:
     """Mean over anchors of weight x CLIP's loss of the pair; 0 for an empty batch."""
-    terms = [
-        F.cross_entropy(scores if bias is None else scores + bias, batch.labels, reduction="none")
-        for scores in cross_modal_scores(batch, scale)
-    ]
-    return 0.5 * (weights * (terms[0] + terms[1])).sum() / max(len(weights), 1)
+    scores = cross_modal_scores(batch, inputs.scale)
+    positives = positive_mask(ids, batch.labels)
+    return clip_loss(scores, batch.labels, positives, inputs.bias, weights)

@@ -18,16 +18,17 @@ def clip_loss(
     labels: Tensor,
     positives: Tensor | None = None,
     bias: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the mean of `info_nce` over images choosing texts and texts choosing images.
 
     Args:
         scores: two (N, M) tensors of logits, one of each direction.
-        labels, positives: see `info_nce`.
+        labels, positives, weights: see `info_nce`.
         bias: 0-D, added to all logits.
     """
     logits = scores if bias is None else [x + bias for x in scores]
-    image_to_text, text_to_image = (info_nce(x, labels, positives) for x in logits)
+    image_to_text, text_to_image = (info_nce(x, labels, positives, weights) for x in logits)
     return 0.5 * (image_to_text + text_to_image)
 
 
@@ -42,7 +43,12 @@ def streamed_clip_loss(
     return 0.5 * (terms[0] + terms[1])
 
 
-def info_nce(scores: Tensor, labels: Tensor, positives: Tensor | None = None) -> Tensor:
+def info_nce(
+    scores: Tensor,
+    labels: Tensor,
+    positives: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of each anchor's match against all candidates, averaged over anchors.
 
     With `positives`, an anchor has several matches p, none of which is pushed down:
@@ -56,15 +62,20 @@ def info_nce(scores: Tensor, labels: Tensor, positives: Tensor | None = None) ->
         scores: (N, M) floating logits.
         labels: (N,) int64, the column of each anchor's match.
         positives: (N, M) bool, all matches, the label's among them.
+        weights: (N,), factor of each anchor's term; the mean still divides by N.
 
     Returns:
         A scalar in the scores' dtype; 0 for an empty batch.
     """
-    if positives is None:
+    if positives is None and weights is None:
         return F.cross_entropy(scores, labels, reduction="sum") / max(len(labels), 1)
-    negatives = scores.masked_fill(positives, -torch.inf).logsumexp(1, keepdim=True)  # (N, 1)
-    terms = F.softplus(negatives - scores).masked_fill(~positives, 0.0)
-    return (terms.sum(1) / positives.sum(1)).sum() / max(len(labels), 1)
+    if positives is None:
+        each = F.cross_entropy(scores, labels, reduction="none")
+    else:
+        negatives = scores.masked_fill(positives, -torch.inf).logsumexp(1, keepdim=True)  # (N, 1)
+        terms = F.softplus(negatives - scores).masked_fill(~positives, 0.0)
+        each = terms.sum(1) / positives.sum(1)
+    return (each if weights is None else weights * each).sum() / max(len(labels), 1)
 
 
 def positive_mask(ids: Sequence[Tensor], labels: Tensor) -> Tensor | None:

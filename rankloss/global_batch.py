@@ -1,6 +1,6 @@
 """Common parts of losses over the global batch: their options, the way from input to batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypedDict
 
@@ -101,12 +101,14 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         *,
         local: bool,
         embed_dim: int | None = None,
+        others: Callable[[], Sequence[Tensor]] = tuple,
     ) -> Inputs:
         """Check the input, agree with the other processes on it, and gather the ids.
 
         Args:
             local: leave the other processes out.
             embed_dim: width that the features must have, or None.
+            others: checks and returns further features that the loss exchanges.
 
         Raises:
             TypeError, ValueError: the input is wrong here, or does not fit that of the others.
@@ -114,6 +116,8 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         processes = (
             ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
         )
+
+        exchanged = [image_features, text_features]
 
         def check() -> tuple[Tensor, Tensor | None]:
             for name, x in (
@@ -126,6 +130,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
             check_features(image_features, text_features, embed_dim)
             check_ids(image_ids, "image_ids", image_features)
             check_ids(text_ids, "text_ids", image_features)
+            exchanged.extend(others())
             scale = as_scalar("logit_scale", logit_scale, image_features)
             if logit_bias is None:
                 return scale, None
@@ -134,7 +139,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         scale, bias = _telling_others(check, processes, image_features)
         if processes.group is not None and processes.world_size > 1:
             message = Message.about(
-                (image_features, text_features),
+                exchanged,
                 (image_ids, text_ids),
                 gather_with_grad=self.gather_with_grad,
             )

@@ -1,26 +1,28 @@
 """ITO: two views of an image against its text, and fused views against each other."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from rankloss.checks import as_scalar, check_features
-from rankloss.clip import clip_loss, info_nce
-from rankloss.distributed import (
-    ALONE,
-    GlobalBatch,
-    HoldsProcessGroup,
-    Processes,
-    gather_with_gradient,
-    rank_and_world_size,
-)
+from rankloss.checks import check_features
+from rankloss.clip import clip_loss, info_nce, positive_mask
+from rankloss.distributed import GlobalBatch, Processes, gather_features
+from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
 from rankloss.scores import cross_modal_scores, scaled_cosines
 
 
-class ITOLoss(HoldsProcessGroup, nn.Module):
+class _Side(NamedTuple):
+    """One kind of features: anchors (N, D) that this process scores, and all (M, D)."""
+
+    anchors: Tensor
+    all: Tensor
+
+
+class ITOLoss(GlobalBatchLoss):
     """ITO: two views of every image against its text, and fused views against each other.
 
         L = 1/2 [CLIP(v1, t) + CLIP(v2, t)]  +  w NT-Xent(f1, f2)
@@ -32,12 +34,13 @@ class ITOLoss(HoldsProcessGroup, nn.Module):
     here, and gradients reach encoders and scale through both terms. A sample's similarity with
     itself is left out exactly (the published code subtracts 1e9, which overflows half precision).
 
-    Each process scores its own anchors against all candidates, gathered with gradient: under DDP's
-    averaging the gradient is the global batch's at any world size.
+    With the default `local_loss` and `gather_with_grad` each process scores its own anchors against
+    all candidates: under DDP's averaging the gradient is the global batch's at any world size.
 
     Args:
         fusion_weight: w; 2 in the paper. With 0 no fused features are needed.
-        process_group, rank, world_size: see `rankloss.global_batch.GlobalBatchLoss`.
+        local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
+            `rankloss.global_batch.GlobalBatchLoss`.
 
     Raises:
         ValueError: fusion_weight is negative.
@@ -50,20 +53,11 @@ class ITOLoss(HoldsProcessGroup, nn.Module):
     9.1e-05
     """
 
-    def __init__(
-        self,
-        fusion_weight: float = 2.0,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, fusion_weight: float = 2.0, **gathering: Unpack[GatherOptions]) -> None:
+        super().__init__(**gathering)
         if fusion_weight < 0:
             raise ValueError(f"ITOLoss: fusion_weight must be 0 or more, got {fusion_weight}")
         self.fusion_weight = fusion_weight
-        self.process_group = process_group
-        self.rank, self.world_size = rank, world_size
 
     def forward(
         self,
@@ -76,10 +70,12 @@ class ITOLoss(HoldsProcessGroup, nn.Module):
         other_text_features: Tensor | None = None,
         fused_features: Tensor | None = None,
         other_fused_features: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
         local: bool = False,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of this process's pairs.
+        """Compute the loss of this process's pairs.
 
         Args:
             image_features, text_features, logit_scale: as in `SigLipLoss.forward`.
@@ -88,6 +84,8 @@ class ITOLoss(HoldsProcessGroup, nn.Module):
             other_text_features: (n, D) unit-norm, of other captions of the same images.
             fused_features, other_fused_features: (n, D') unit-norm, from `ITOFusion`, of the first
                 and of the other view; not used if fusion_weight is 0.
+            image_ids, text_ids: (n,) integers; samples that share an id are positives of each
+                other in both terms (this project's choice).
             local: leave other processes out: the loss of these n samples alone.
             output_dict: return {"contrastive_loss", "fusion_loss"}, already weighted, whose sum is
                 the loss; without the second if fusion_weight is 0.
@@ -97,66 +95,82 @@ class ITOLoss(HoldsProcessGroup, nn.Module):
             ValueError: shapes or devices do not fit, fused features are missing, processes hold
                 different numbers of pairs, or rank/world_size contradict the process group.
         """
-        scale = as_scalar("logit_scale", logit_scale, image_features)
-        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
-        views = [image_features, other_view_features]
-        texts = (
-            [text_features] if other_text_features is None else [text_features, other_text_features]
+        texts = [text_features]
+        if other_text_features is not None:
+            texts.append(other_text_features)
+        features = [image_features, other_view_features, *texts]
+
+        def others() -> list[Tensor]:
+            for x in features:
+                check_features(image_features, x, None)
+            if self.fusion_weight:
+                fused = _checked_fusion(image_features, fused_features, other_fused_features)
+                features.extend(fused)
+            return [*features[1:2], *features[3:]]
+
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+            others=others,
         )
-        for features in (*views[1:], *texts):
-            check_features(image_features, features, None)
-        group = (
-            ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
-        )
-        gathered = [_gathered(x, group) for x in (*views, *texts)]
-        clip = [
-            _clip(view, text, scale, bias)
-            for view, text in itertools.product(gathered[:2], gathered[2:])
-        ]
+        sides = [self._side(x, inputs.processes) for x in features]
+        labels = torch.arange(len(sides[0].anchors), device=image_features.device)
+        if sides[0].anchors is not sides[0].all:  # this process's samples alone
+            labels = labels + inputs.processes.rank * len(labels)
+        positives = positive_mask(inputs.ids, labels)
+        pairs = itertools.product(sides[:2], sides[2 : 2 + len(texts)])
+        clip = [_clip(view, text, labels, positives, inputs) for view, text in pairs]
         parts = {"contrastive_loss": torch.stack(clip).mean()}
         if self.fusion_weight:
-            first, second = _checked_fusion(image_features, fused_features, other_fused_features)
-            fusion = _nt_xent(_gathered(first, group), _gathered(second, group), scale)
+            fusion = _nt_xent(sides[-2:], labels, positives, inputs.scale)
             parts["fusion_loss"] = self.fusion_weight * fusion
         return parts if output_dict else torch.stack(list(parts.values())).sum()
+
+    def _side(self, features: Tensor, processes: Processes) -> _Side:
+        """Gather one kind of features, in float32 or float64."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        gathered = gather_features(
+            features,
+            processes,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        ).to(dtype)
+        own = self.local_loss and processes.world_size > 1
+        return _Side(features.to(dtype) if own else gathered, gathered)
 
     def extra_repr(self) -> str:
         return f"fusion_weight={self.fusion_weight:g}"
 
 
-class _Gathered(NamedTuple):
-    """One kind of features: this process's (n, D), all (M, D), and where its rows are in them."""
-
-    local: Tensor
-    all: Tensor
-    labels: Tensor
-
-
-def _gathered(features: Tensor, group: Processes) -> _Gathered:
-    n = len(features)
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    everywhere = gather_with_gradient(features, group).to(dtype)
-    local = everywhere if group.world_size == 1 else features.to(dtype)
-    start = group.rank * n
-    return _Gathered(local, everywhere, torch.arange(start, start + n, device=features.device))
-
-
-def _clip(image: _Gathered, text: _Gathered, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """CLIP's loss, as `ClipLoss`."""
+def _clip(
+    image: _Side, text: _Side, labels: Tensor, positives: Tensor | None, inputs: Inputs
+) -> Tensor:
+    """CLIP's loss of one view and one caption."""
     dtype = torch.promote_types(image.all.dtype, text.all.dtype)
-    (v, images, labels), (t, texts) = image, text[:2]
-    batch = GlobalBatch(v.to(dtype), t.to(dtype), images.to(dtype), texts.to(dtype), labels)
-    return clip_loss(cross_modal_scores(batch, scale), labels, bias=bias)
+    anchors = image.anchors.to(dtype), text.anchors.to(dtype)
+    if image.anchors is image.all:  # one tensor, of which `cross_modal_scores` makes use
+        batch = GlobalBatch(*anchors, *anchors, labels)
+    else:
+        batch = GlobalBatch(*anchors, image.all.to(dtype), text.all.to(dtype), labels)
+    return clip_loss(cross_modal_scores(batch, inputs.scale), labels, positives, inputs.bias)
 
 
-def _nt_xent(first: _Gathered, second: _Gathered, scale: Tensor) -> Tensor:
+def _nt_xent(
+    views: Sequence[_Side], labels: Tensor, positives: Tensor | None, scale: Tensor
+) -> Tensor:
     """Cross-entropy of each anchor's other view against all features of both views but itself."""
-    terms = []
-    for own, other in ((first, second), (second, first)):
-        across = scaled_cosines(own.local, other.all, scale)
-        within = scaled_cosines(own.local, own.all, scale)
-        within = within.scatter(1, own.labels[:, None], -torch.inf)
-        terms.append(info_nce(torch.cat([across, within], 1), own.labels))
+    terms, itself = [], labels[:, None]
+    if positives is not None:
+        positives = torch.cat([positives, positives.scatter(1, itself, False)], 1)
+    for own, other in (views, views[::-1]):
+        across = scaled_cosines(own.anchors, other.all, scale)
+        within = scaled_cosines(own.anchors, own.all, scale).scatter(1, itself, -torch.inf)
+        terms.append(info_nce(torch.cat([across, within], 1), labels, positives))
     return 0.5 * (terms[0] + terms[1])
 
 

@@ -80,6 +80,18 @@ def test_without_sharpness_it_is_twice_clip() -> None:
     torch.testing.assert_close(loss(x, t, 9.0, -1.0, caption_features=t), twice)
 
 
+def test_ids_make_positives() -> None:
+    """Samples that share an id are no negatives of each other, in both terms for images' ids."""
+    x, t, c = triplets(6, grad=False)
+    flat = ALIPLoss(sample_gamma=0.0, pair_gamma=0.0)
+    ids = {"image_ids": torch.tensor([0, 1, 0, 2, 3, 3])}
+    texts = {"text_ids": torch.tensor([0, 0, 1, 2, 3, 4])}
+    parts = flat(x, t, 9.0, caption_features=c, **ids, **texts, output_dict=True)
+    clip = ClipLoss()
+    torch.testing.assert_close(parts["contrastive_loss"], clip(x, t, 9.0, **ids, **texts))
+    torch.testing.assert_close(parts["caption_loss"], clip(x, c, 9.0, **ids))
+
+
 def test_weights_carry_no_gradient() -> None:
     """The gradient is that of cross-entropies with constant weights."""
     x, t, c = triplets(5)
@@ -176,7 +188,8 @@ def test_bad_input() -> None:
         ALIPLoss()(x, t, 10.0, caption_features=c[:3])
     with pytest.raises(TypeError, match="floating point"):
         ALIPLoss()(x, t, 10.0, caption_features=c.long())
-    for bad in ({"sample_gamma": -1.0}, {"momentum": 1.0}, {"accum_freq": 0}):
+    negative: dict[str, Any] = {"sample_gamma": -1.0}
+    for bad in (negative, {"momentum": 1.0}):
         with pytest.raises(ValueError, match="ALIPLoss: need"):
             ALIPLoss(**bad)
 
@@ -236,3 +249,17 @@ def test_two_processes_have_the_gradient_and_means_of_one(two_processes: Process
         torch.testing.assert_close(means, model.loss.means, rtol=0, atol=1e-14)
         for x, y in zip(gradients, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def refused_captions() -> str:
+    """Process 1 gives captions that do not fit; process 0 must not wait for it."""
+    x, t, c = triplets(4, grad=False)
+    with pytest.raises(ValueError, match=r"both be \(n, D\)|disagree") as error:
+        ALIPLoss()(x, t, 9.0, caption_features=c[: 4 - dist.get_rank()])
+    return str(error.value)
+
+
+def test_captions_that_do_not_fit_stop_every_process(two_processes: ProcessGroup) -> None:
+    first, second = two_processes.run(refused_captions)
+    assert "process 1: refused its input" in first
+    assert "(3, 8)" in second

@@ -56,6 +56,23 @@ def test_both_terms_by_hand(weight: float) -> None:
     torch.testing.assert_close(total, parts["contrastive_loss"] + parts["fusion_loss"])
 
 
+def test_ids_make_positives() -> None:
+    """By hand for fused features: others of the same image are pulled, never pushed."""
+    (view, text), named = inputs(4, grad=False)
+    ids = torch.tensor([5, 6, 5, 7])
+    parts = ITOLoss(1.0)(view, text, 9.0, **named, image_ids=ids, output_dict=True)
+    clip = [ClipLoss()(v, text, 9.0, image_ids=ids) for v in (view, named["other_view_features"])]
+    torch.testing.assert_close(parts["contrastive_loss"], (clip[0] + clip[1]) / 2)
+    both = torch.cat([named["fused_features"], named["other_fused_features"]])
+    scores, total = (9.0 * both @ both.T).tolist(), 0.0
+    for i in range(8):
+        same = [j for j in range(8) if j != i and ids[j % 4] == ids[i % 4]]
+        others = sum(math.exp(scores[i][j]) for j in range(8) if j != i and j not in same)
+        terms = [math.log(math.exp(scores[i][j]) + others) - scores[i][j] for j in same]
+        total += sum(terms) / len(terms) / 8
+    assert float(parts["fusion_loss"]) == pytest.approx(total, rel=1e-12)
+
+
 def test_two_captions_make_four_losses() -> None:
     (view, text), named = inputs(6, grad=False)
     other, other_text = named["other_view_features"], features(6, seed=5, grad=False)[1]
