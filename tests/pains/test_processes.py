@@ -130,7 +130,10 @@ def cached() -> tuple[list[Tensor], int]:
     wrapped = DistributedDataParallel(model)
     reduced = []
 
-    def count(state: Any, bucket: dist.GradBucket) -> Any:  # type: ignore[name-defined]
+    def count(
+        state: Any,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         reduced.append(bucket.index())
         group: Any = dist.group.WORLD
         return allreduce_hook(group, bucket)
