@@ -60,6 +60,50 @@ def test_a_torn_newest_falls_back_and_says_so(
     assert "going on from step_00000001.safetensors" in caplog.text
 
 
+def test_a_byte_that_changed_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    there = Checkpoints(tmp_path)
+    there.save(1, tensors(1), {"step": 1})
+    path = there.save(2, tensors(2), {"step": 2})
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    found = there.latest()
+    assert found is not None
+    assert found.state == {"step": 1}
+    assert "its checksum differs" in caplog.text
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+    there = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 6):
+        there.save(step, tensors(step), {}, for_good=step % 2 == 0)
+    names = [path.stem for path in there.paths()]
+    assert names == ["step_00000002_kept", "step_00000004_kept", "step_00000005"]
+
+
+def test_what_cannot_be_written_later_is_told_at_the_next_occasion(tmp_path: Path) -> None:
+    """Writing goes on beside training; the file is that of the moment it was asked for."""
+    there = Checkpoints(tmp_path)
+    there.save_later(1, tensors(1), {"step": 1})
+    there.wait()
+    assert [path.stem for path in there.paths()] == ["step_00000001"]
+    (tmp_path / "file").write_text("x")
+    broken = Checkpoints(tmp_path / "file")
+    broken.save_later(2, tensors(2), {})
+    with pytest.raises(UserError, match="could not write the checkpoint .*Make room on that disk"):
+        broken.save_later(3, tensors(3), {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such modes")
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = Checkpoints(tmp_path).save(1, tensors(1), {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
     there = Checkpoints(tmp_path)
     there.save(1, tensors(1), {}).write_bytes(b"")

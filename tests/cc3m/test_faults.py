@@ -1,9 +1,12 @@
 """Faults of real shards: every kind of fault is counted by its name, and survived."""
 
+import gzip
 import io
 import json
 import logging
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,12 @@ from torch import Tensor
 
 from examples.cc3m.files import UserError
 from examples.cc3m.loader import Position, ShardLoader, ShardOrder
+from examples.cc3m.monitor import peak_memory
 from examples.cc3m.shards import (
     MOST_PIXELS,
     Failures,
     SampleError,
+    count_samples,
     decode_image,
     read_shard,
     unusable,
@@ -122,8 +127,6 @@ def test_ten_thousand_pixels_squared_are_refused_before_they_are_decoded(
 
 
 def zlib_crc(data: bytes) -> bytes:
-    import zlib
-
     return zlib.crc32(data).to_bytes(4, "big")
 
 
@@ -175,6 +178,113 @@ def test_grey_and_rgb_are_nothing_to_report(tmp_path: Path) -> None:
     source = loader(write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b", picture("L"))]))
     assert len(list(source.epoch())) == 2
     assert not source.faults
+
+
+# ---------------------------------------------------------------- nothing comes in
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
+
+
+def test_only_the_formats_asked_for_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a file is called: Pillow would hand PostScript to Ghostscript."""
+    ran: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *x, **_: ran.append(x))
+    others = [EPS, picture(kind="BMP"), picture(kind="TIFF"), picture(kind="GIF", mode="P")]
+    files = [f for i, data in enumerate(others) for f in sample(f"{i}", data)]
+    source = loader(write_tar(tmp_path / "0.tar", [*files, *sample("good")]))
+    assert [batch.keys for batch in source.epoch()] == [["good"]]
+    assert source.faults == {"broken image": len(others)}
+    assert not ran
+
+
+def sparse_tar(path: Path, size: int) -> None:
+    """A tar of a few kilobytes with a file that is `size` large when it is read."""
+    content = sum(512 + -(-len(data) // 512) * 512 for _, data in sample("good"))
+    good = write_tar(path, sample("good")).read_bytes()[:content]
+    header = tarfile.TarInfo("hole.jpg")
+    header.size, header.pax_headers = (
+        512,
+        {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": "hole.jpg",
+            "GNU.sparse.realsize": str(size),
+        },
+    )
+    blocks = header.tobuf(tarfile.PAX_FORMAT) + f"1\n{size}\n0\n".encode().ljust(512, b"\0")
+    path.write_bytes(good + blocks + bytes(10240))
+
+
+def test_a_sparse_file_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    sparse_tar(path, 2 << 30)
+    assert path.stat().st_size < 20_000
+    tracemalloc.start()
+    keys, faults = keys_and_faults(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert keys == ["good"]
+    assert faults == {"file too large": 1}
+    assert peak < 20 << 20
+
+
+def test_a_small_file_of_a_large_image_takes_no_memory(tmp_path: Path) -> None:
+    """Its header claims 19,000 pixels squared, for which a decoder would take 361 MB or more."""
+    png = bytearray(big((19_000, 20)))
+    png[20:24] = (19_000).to_bytes(4, "big")
+    png[29:33] = zlib_crc(bytes(png[12:29]))
+    path = write_tar(
+        tmp_path / "0.tar", [*sample("big", bytes(png), suffix="png"), *sample("good")]
+    )
+    before = resident()
+    source = loader(path)
+    assert [batch.keys for batch in source.epoch()] == [["good"]]
+    assert source.faults == {"image too large": 1}
+    assert resident() - before < 50 << 20
+    assert MOST_PIXELS * 12 <= 300e6, "bytes that the largest image takes, in all its copies"
+
+
+def resident() -> int:
+    """Most memory that this process ever had; 0 where that is not known."""
+    return peak_memory(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["img.v2.001", "a.b/c.d", "000000001"])
+def test_names_with_dots_are_whole_keys(tmp_path: Path, name: str) -> None:
+    others = [f"{name}.{i}" for i in range(3)]
+    files = [f for key in (name, *others) for f in sample(key, text=key.encode())]
+    path = write_tar(tmp_path / "0.tar", files)
+    failures = Failures()
+    found = [(x["__key__"], x["txt"].decode()) for x in read_shard(str(path), failures)]
+    assert found == [(key, key) for key in (name, *others)]
+    assert not failures.counts
+
+
+def test_a_compressed_tar_is_read(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b")], promised=2)
+    packed = tmp_path / "0.tar.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert keys_and_faults(packed) == (["a", "b"], {})
+    assert count_samples([str(packed)]) == 2
+    packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
+    keys, faults = keys_and_faults(packed)
+    assert faults == {"truncated tar": 2 - len(keys)}
+
+
+def test_an_image_is_turned_as_its_camera_said(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), "red")
+    image.paste((0, 0, 255), (4, 0, 8, 4))  # the right half is blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
+    upright = decode_image({"__key__": "a", "jpg": buffer.getvalue()})
+    assert upright.size == (4, 8)
+    top, bottom = upright.getpixel((2, 1)), upright.getpixel((2, 6))
+    assert top[0] > 200  # type: ignore[index]
+    assert bottom[2] > 200  # type: ignore[index]
 
 
 # ---------------------------------------------------------------- tar files

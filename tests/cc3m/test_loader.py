@@ -109,6 +109,11 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(
     assert torch.equal(images, same)
     assert run(1, 1)[0] != order
     assert run(0, 2)[0] != order
+    noise = dict(zip(order, images[:, 0, 0, 0].tolist(), strict=True))
+    for seed, epoch in ((1, 1), (0, 2)):  # the same sample is augmented in another way
+        found, pixels = run(seed, epoch)
+        others = dict(zip(found, pixels[:, 0, 0, 0].tolist(), strict=True))
+        assert all(others[number] != value for number, value in noise.items())
 
 
 def test_kept_samples_give_the_same_batches_in_later_epochs(shards: str) -> None:

@@ -318,6 +318,75 @@ def test_a_bad_batch_in_one_process_is_left_out_in_all(two: ProcessGroup, tmp_pa
     assert keys == [[f"1-{i}" for i in range(4)], [f"1-{i}" for i in range(4, 8)]]
 
 
+def infinite_term(folder: str) -> tuple[int, bool, bool]:
+    """A term of one process is infinite, while every gradient of every process is finite."""
+    run = trainer(folder)
+    (part,) = share_of(batch(dtype=torch.float32))
+    before = {name: p.detach().clone() for name, p in run.towers.named_parameters()}
+    objective = run.towers.objective
+
+    def with_a_constant(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        constant = torch.tensor(torch.inf if dist.get_rank() == 1 else 0.0)
+        return {**objective(*arguments, **options), "constant_loss": constant}
+
+    run.towers.objective = with_a_constant  # type: ignore[method-assign]
+    finite: list[bool] = []
+    apply = run._apply_gradients
+
+    def looking(*arguments: Any) -> None:
+        finite.extend(bool(p.grad.isfinite().all()) for p in run.towers.parameters())
+        apply(*arguments)
+
+    run._apply_gradients = looking  # type: ignore[method-assign]
+    run.towers.train()
+    run.update([part])
+    same = all(torch.equal(p, before[name]) for name, p in run.towers.named_parameters())
+    return run.guard.in_a_row, same, all(finite)
+
+
+def test_a_term_that_is_infinite_in_one_process_skips_the_step_in_all(
+    two: ProcessGroup, tmp_path: Path
+) -> None:
+    assert two.run(infinite_term, str(tmp_path)) == [(1, True, True)] * 2
+
+
+def batches_after_a_resume(folder: str, stop_after: int) -> list[str]:
+    """Keys of the first batch that each process trains on."""
+    run, stop = trainer(folder, epochs=1), StopRequest()
+    keys: list[str] = []
+    update = run.update
+
+    def noting(parts: list[Batch]) -> dict[str, Tensor]:
+        keys.extend(parts[0].keys if not keys else [])
+        stop.signal_number = 15 if run.step + 1 == stop_after else None
+        return update(parts)
+
+    run.update = noting  # type: ignore[method-assign]
+    rank, epoch = dist.get_rank(), run.loader.epoch
+
+    def unequal(position: Position | None = None) -> Iterator[Batch]:
+        """The second process takes a batch more at a time from its stream than it trains on."""
+        for each in epoch(position):
+            yield replace(each, consumed=each.consumed + rank * PAIRS // 2)
+
+    run.loader.epoch = unequal  # type: ignore[method-assign]
+    try:
+        run.fit("test", stop)
+    except Interrupted:
+        return [*keys, str(run.progress.position.consumed)]
+    return [*keys, str(run.progress.position.consumed)]
+
+
+def test_each_process_resumes_at_its_own_position(two: ProcessGroup, tmp_path: Path) -> None:
+    first = two.run(batches_after_a_resume, str(tmp_path), 1)
+    assert [keys[-1] for keys in first] == ["(4,)", "(8,)"]
+    second = two.run(batches_after_a_resume, str(tmp_path), 2)
+    assert [keys[0] for keys in second] == [
+        "10-0",
+        "21-0",
+    ]  # "seed-row": batch 1; batch 2 of rank 1
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_another_number_of_processes_goes_on(
     two: ProcessGroup, tmp_path: Path, sharding: str

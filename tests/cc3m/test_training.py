@@ -323,6 +323,27 @@ def test_a_good_step_ends_the_row(tmp_path: Path) -> None:
     assert (run.guard.in_a_row, run.guard.total) == (0, 3)
 
 
+def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path) -> None:
+    """In float16 the loss is multiplied by 65,536: clipped before that is undone, a gradient ends
+    smaller than it should by as much."""
+    norms = []
+    for scale in (1.0, 65536.0):
+        run = trainer(tmp_path / str(scale), replace(SETTINGS, clip_norm=1e-3))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        run.scaler = run.gradients.cached.scaler = scaler
+        seen: list[float] = []
+
+        def look(optimizer: torch.optim.Optimizer, *_: object, seen: list[float] = seen) -> None:
+            found = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            seen.append(float(torch.cat([g.flatten() for g in found if g is not None]).norm()))
+
+        run.optimizer.register_step_pre_hook(look)
+        run.towers.eval()  # no dropout
+        run.update([next(Batches().epoch(Position()))])
+        norms += seen
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
 def test_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(3)}
     save_tensors(tmp_path / "file", tensors, {"x": 0.1 + 0.2})
