@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.cc3m.files import UserError
-from examples.cc3m.signals import Interrupted, StopRequest
+from examples.cc3m.parallel import Interrupted, StopRequest
 from examples.self_distillation.settings import Settings
 from examples.self_distillation.train import train
 

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.cc3m.checkpoint import Checkpoints, restore_training, training_tensors
-from examples.cc3m.files import claim_directory, read_json, write_atomically, write_json
-from examples.cc3m.generators import seed_generators
-from examples.cc3m.signals import Interrupted, StopRequest
+from examples.cc3m.files import (
+    RUN_FILES,
+    claim_directory,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from examples.cc3m.parallel import Interrupted, StopRequest, seed_generators
 from examples.demo.drawing import draw
 from examples.demo.scene_shards import SceneSettings, train_scenes
 from examples.self_distillation.backbone import Network
@@ -50,7 +55,8 @@ def train(
         UserError: `out` holds a run of other settings.
         Interrupted: a signal asked to stop; what was done is in a checkpoint.
     """
-    claim_directory(out, asdict(settings), fresh=fresh)
+    written = (*RUN_FILES, "teacher.safetensors", "teacher.json")
+    claim_directory(out, asdict(settings), fresh=fresh, written=written)
     end = settings.steps if end is None else min(end, settings.steps)
     weights, told = out / "teacher.safetensors", out / "teacher.json"
     if weights.exists() and read_json(told)["steps_taken"] >= end:
