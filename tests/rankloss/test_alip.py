@@ -1,7 +1,6 @@
 """ALIP: the weights and the loss by hand, its running means, and any number of processes."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -229,21 +228,14 @@ def share(*inputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
     return value.detach(), gradients, model.loss.means
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
-def test_two_processes_have_the_gradient_and_means_of_one(two_processes: ProcessGroup) -> None:
+def test_two_processes_have_the_gradient_and_means_of_one(groups: dict[int, ProcessGroup]) -> None:
     g = torch.Generator().manual_seed(1)
     inputs = [torch.randn(8, d, generator=g, dtype=torch.float64) for d in (5, 6, 6)]
     model = Towers()
     model(*inputs)
     value = model(*inputs)
     expected = torch.autograd.grad(value, list(model.parameters()))
-    results = two_processes.run(share, *inputs)
+    results = groups[2].run(share, *inputs)
     torch.testing.assert_close(torch.stack([x[0] for x in results]).mean(), value.detach())
     for _, gradients, means in results:
         torch.testing.assert_close(means, model.loss.means, rtol=0, atol=1e-14)
@@ -259,7 +251,7 @@ def refused_captions() -> str:
     return str(error.value)
 
 
-def test_captions_that_do_not_fit_stop_every_process(two_processes: ProcessGroup) -> None:
-    first, second = two_processes.run(refused_captions)
+def test_captions_that_do_not_fit_stop_every_process(groups: dict[int, ProcessGroup]) -> None:
+    first, second = groups[2].run(refused_captions)
     assert "process 1: refused its input" in first
     assert "(3, 8)" in second

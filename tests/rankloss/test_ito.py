@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -320,20 +319,13 @@ def share(*parts: Tensor) -> tuple[Tensor, list[Tensor]]:
     return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
-def test_two_processes_have_the_gradient_of_one(two_processes: ProcessGroup) -> None:
+def test_two_processes_have_the_gradient_of_one(groups: dict[int, ProcessGroup]) -> None:
     g = torch.Generator().manual_seed(1)
     parts = [torch.randn(8, d, generator=g, dtype=torch.float64) for d in (5, 5, 6)]
     model = Towers()
     value = model(*parts)
     expected = torch.autograd.grad(value, list(model.parameters()))
-    results = two_processes.run(share, *parts)
+    results = groups[2].run(share, *parts)
     torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
     for _, gradients in results:
         for x, y in zip(gradients, expected, strict=True):
