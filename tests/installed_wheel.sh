@@ -9,6 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 "$python" -m build --outdir "$work/dist" "$checkout"
+"$python" -m twine check --strict "$work"/dist/*
 "$python" -m venv --without-pip "$work/venv"
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -m pip install --quiet --no-deps --target "$site" "$work"/dist/*.whl
