@@ -9,7 +9,7 @@ any other name takes that one or raises an error saying why it cannot run here.
 """
 
 from rankloss.kernels.dispatch import IMPLEMENTATIONS, check_impl, choose, why_not
-from rankloss.kernels.gram import gram_distance
+from rankloss.kernels.gram_distance import gram_distance
 from rankloss.kernels.plackett_luce import plackett_luce
 
 __all__ = [

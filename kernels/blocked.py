@@ -1,9 +1,12 @@
-"""Streaming PyTorch implementation: the N x K x M utilities exist one tile at a time.
+"""Streaming PyTorch implementations of both ops.
+
+The likelihood: the N x K x M utilities exist one tile at a time.
 
 For each block of anchors the ranked candidates' keys are gathered in ranked order, so that what
 remains at place k is the suffix k, k+1, ... and each tile of places touches no taken candidate
 but those of its own diagonal. Candidates outside the ranking (K < M) are one further,
-unordered, group of columns. The backward pass recomputes each tile from the saved log-sum-exp.
+unordered, group of columns. A tile becomes exponentials, whose sums are the value, and whose
+products with keys and queries, divided by those sums, the gradients: each is computed once.
 """
 
 from collections.abc import Iterator
@@ -12,86 +15,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankloss.kernels.reference import row_norms
+from rankloss.kernels.signature import Lists
+
 TILE = 1 << 19  # utilities alive at a time: 2 MiB in float32, near the cores and worth sharing
+GRAM_TILE = 1 << 22  # entries of a Gram matrix, or of rows, alive at a time; 16 MiB in float32
 ROWS = 64  # most places in a tile: the diagonal block wastes half of ROWS^2
 
 
-def forward(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-    *,
-    skip: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_k w_k l_ik (N,), log-sum-exp of every place (N, K) with +inf for unused ones, nothing."""
-    del skip  # tiles here are too large for any to be skipped
-    k = ranking.shape[1]
-    counts = torch.arange(k, device=scores.device) < lengths[:, None]
-    if keys.shape[0] == 0:
-        nll, lse = _first_order_forward(scores, ranking)
-    else:
-        nll, lse = torch.empty_like(counts, dtype=scores.dtype), scores.new_empty(counts.shape)
-        keys = _concatenate(keys)
-        for block in _blocks(scores, ranking, predecessors, keys):
-            _forward_block(block, nll, lse)
-    nll = torch.where(counts, nll, 0.0)
-    no_tiles = torch.empty(0, dtype=torch.int8, device=scores.device)
-    return nll @ weights, torch.where(counts, lse, torch.inf), no_tiles
+def nll(x: Lists) -> Tensor:
+    """sum_k w_k l_ik, (N,)."""
+    x = x._replace(ranking=x.ranking.long())
+    if len(x.keys) == 0:
+        return _first_order(x)[0]
+    value = x.scores.new_zeros(len(x.scores))
+    for block in _blocks(x, _concatenate(x.keys)):
+        for places in _place_tiles(block):
+            _exponentials(block, places, value)
+    return value
 
 
-def backward(
-    grad: Tensor,
-    lse: Tensor,
-    live: Tensor,
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum_i grad_i nll_i to scores (N, M), predecessors and keys."""
-    del live, lengths  # places that do not count have lse = +inf, hence probability 0
-    taken = torch.where(lse.isfinite(), weights, 0.0)  # (N, K), the gradient of -u at its place
-    shift = lse - weights.log()  # exp(u - shift) = w p
-    d_scores = scores.new_zeros(scores.shape)
-    d_predecessors = predecessors.new_zeros(predecessors.shape)
-    if keys.shape[0] == 0:
-        _first_order_backward(scores, ranking, shift, d_scores)
-        d_keys = keys.new_zeros(keys.shape)
-    else:
-        flat = _concatenate(keys)
-        d_flat = torch.zeros_like(flat)
-        for block in _blocks(scores, ranking, predecessors, flat):
-            _backward_block(block, shift, taken, grad, d_scores, d_predecessors, d_flat)
-        d_keys = d_flat.view(-1, keys.shape[0], keys.shape[2]).transpose(0, 1).contiguous()
-    d_scores.scatter_add_(1, ranking, -taken)
-    return d_scores.mul_(grad[:, None]), d_predecessors, d_keys
+def nll_and_gradients(upstream: Tensor, x: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the gradients of sum_i upstream_i nll_i to scores, predecessors and keys."""
+    x = x._replace(ranking=x.ranking.long())
+    d_predecessors, d_keys = (
+        x.predecessors.new_zeros(x.predecessors.shape),
+        torch.zeros_like(x.keys),
+    )
+    if len(x.keys) == 0:
+        value, shift = _first_order(x)
+        d_scores = _first_order_gradient(x, shift).mul_(upstream[:, None])
+        return value, d_scores, d_predecessors, d_keys
+    value, d_scores = x.scores.new_zeros(len(x.scores)), torch.zeros_like(x.scores)
+    flat = _concatenate(x.keys)
+    d_flat = torch.zeros_like(flat)
+    for block in _blocks(x, flat):
+        _add_gradients(block, upstream[block.rows], value, d_scores, d_predecessors, d_flat)
+    d_keys = d_flat.view(-1, x.keys.shape[0], x.keys.shape[2]).transpose(0, 1).contiguous()
+    return value, d_scores, d_predecessors, d_keys
 
 
 # ---------------------------------------------------------------- order 1: one scan, no tiles
 
 
-def _first_order_forward(scores: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
-    ranked = scores.gather(1, ranking)  # (N, K)
-    rest = _unranked(scores, ranking)
+def _first_order(x: Lists) -> tuple[Tensor, Tensor]:
+    """Values, and log-sum-exps minus log w of every place, +inf where it does not count."""
+    counts = torch.arange(x.ranking.shape[1], device=x.scores.device) < x.lengths[:, None]
+    ranked = x.scores.gather(1, x.ranking)  # (N, K)
+    rest = _unranked(x.scores, x.ranking)
     backwards = ranked.flip(1)
     if rest is not None:
         backwards = torch.cat([rest.logsumexp(1, keepdim=True), backwards], 1)
     lse = backwards.logcumsumexp(1).flip(1)[:, : ranked.shape[1]]
-    return lse - ranked, lse
+    value = torch.where(counts, lse - ranked, 0.0) @ x.weights
+    return value, torch.where(counts, lse, torch.inf) - x.weights.log()
 
 
-def _first_order_backward(scores: Tensor, ranking: Tensor, shift: Tensor, d_scores: Tensor) -> None:
+def _first_order_gradient(x: Lists, shift: Tensor) -> Tensor:
     """dS = exp(S_j + log sum over k <= j of w_k exp(-lse_k)): a forward scan of positive terms."""
+    taken = torch.where(shift < torch.inf, x.weights, 0.0)  # the gradient of -u at its place
     log_mass = (-shift).logcumsumexp(1)  # (N, K)
-    rest = _unranked(scores, ranking)
-    if rest is not None:
-        d_scores.copy_(rest.add_(log_mass[:, -1:]).exp_())
-    d_scores.scatter_(1, ranking, (scores.gather(1, ranking) + log_mass).exp_())
+    rest = _unranked(x.scores, x.ranking)
+    mass = (x.scores.gather(1, x.ranking) + log_mass).exp_().sub_(taken)
+    if rest is None:
+        return torch.empty_like(x.scores).scatter_(1, x.ranking, mass)
+    return rest.add_(log_mass[:, -1:]).exp_().scatter_(1, x.ranking, mass)
 
 
 def _unranked(scores: Tensor, ranking: Tensor) -> Tensor | None:
@@ -115,6 +103,7 @@ class _Block(NamedTuple):
     queries: Tensor  # (n, K, W)
     rest: Tensor | None  # (n, M) scores of candidates outside `columns`, the others -inf
     keys: Tensor  # (M, W)
+    weights: Tensor  # (n, K), 0 at places that do not count
 
 
 def _concatenate(keys: Tensor) -> Tensor:
@@ -122,21 +111,19 @@ def _concatenate(keys: Tensor) -> Tensor:
     return keys.transpose(0, 1).flatten(1)
 
 
-def _blocks(
-    scores: Tensor, ranking: Tensor, predecessors: Tensor, keys: Tensor
-) -> Iterator[_Block]:
-    n, m = scores.shape
-    k = ranking.shape[1]
+def _blocks(x: Lists, keys: Tensor) -> Iterator[_Block]:
+    (n, m), k = x.scores.shape, x.ranking.shape[1]
+    place = torch.arange(k, device=x.scores.device)
     gather_all = 2 * k > m  # then gathering the rest too costs less than masking it
     width = m if gather_all else k
     step = max(1, TILE // max(1, min(ROWS, k) * (width if gather_all else m)))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        s, columns = scores[rows], ranking[rows]
+        s, columns = x.scores[rows], x.ranking[rows]
         rest = None if gather_all else _unranked(s, columns)
         if width > k:
             columns = _complete(columns, m)
-        factors = _gather_factors(columns[:, :k], predecessors)
+        factors = _gather_factors(columns[:, :k], x.predecessors)
         yield _Block(
             rows,
             columns,
@@ -146,6 +133,7 @@ def _blocks(
             _queries(factors, k, keys),
             rest,
             keys,
+            torch.where(place < x.lengths[rows, None], x.weights, 0.0),
         )
 
 
@@ -201,76 +189,74 @@ def _place_tiles(block: _Block) -> Iterator[slice]:
         yield slice(start, min(start + ROWS, k))
 
 
-def _tile(block: _Block, places: slice, shift: Tensor | None) -> Tensor:
-    """Utilities (minus shift) of candidates places.start, ... in ranked order: (n, t, L-start).
-
-    Entries below the diagonal of the leading square belong to taken candidates.
-    """
-    keys = block.ranked_keys[:, places.start :]
-    return _utilities(block.ranked[:, places.start :], block.queries[:, places], keys, shift)
+def _utilities(scores: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """scores (n, c) + queries (n, t, W) . keys (n, c, W), as (n, t, c)."""
+    bias = scores[:, None, :].expand(-1, queries.shape[1], -1)
+    return torch.baddbmm(bias, queries, keys.transpose(1, 2))
 
 
-def _rest_tile(block: _Block, rest: Tensor, places: slice, shift: Tensor | None) -> Tensor:
-    """The same of the candidates outside `columns`, in natural order: (n, t, M)."""
-    queries = block.queries[:, places]
-    return _utilities(rest, queries, block.keys.expand(len(queries), -1, -1), shift)
+class _Exponentials(NamedTuple):
+    """exp(u - top) of a tile of places, where `top` is the largest of a place."""
+
+    listed: Tensor  # (n, t, L - start), candidates in ranked order
+    rest: Tensor | None  # (n, t, M), those outside `columns`
+    total: Tensor  # (n, t), their sums
 
 
-def _utilities(scores: Tensor, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
-    """scores (n, c) + queries (n, t, W) . keys (n, c, W) - shift (n, t), as (n, t, c)."""
-    if shift is None:
-        bias = scores[:, None, :].expand(-1, queries.shape[1], -1)
-        return torch.baddbmm(bias, queries, keys.transpose(1, 2))
-    return (scores[:, None, :] - shift[:, :, None]).baddbmm_(queries, keys.transpose(1, 2))
+def _exponentials(block: _Block, places: slice, value: Tensor) -> _Exponentials:
+    """Also adds the places' w_k l_ik to `value`."""
+    start, queries = places.start, block.queries[:, places]
+    u = _utilities(block.ranked[:, start:], queries, block.ranked_keys[:, start:])
+    square = u[:, :, : u.shape[1]]
+    square.masked_fill_(_below_diagonal(u.shape[1], u.device), -torch.inf)  # taken
+    chosen = square.diagonal(dim1=1, dim2=2).clone()
+    top = u.amax(2)
+    rest = None
+    if block.rest is not None:
+        rest = _utilities(block.rest, queries, block.keys.expand(len(queries), -1, -1))
+        top = torch.maximum(top, rest.amax(2))
+    top = top.clamp_(min=torch.finfo(u.dtype).min)  # nothing left: subtract no infinities
+    total = u.sub_(top[:, :, None]).exp_().sum(2)
+    if rest is not None:
+        total += rest.sub_(top[:, :, None]).exp_().sum(2)
+    weights = block.weights[:, places]
+    loss = torch.where(weights > 0, (top + total.log() - chosen) * weights, 0.0)
+    value[block.rows] += loss.sum(1)
+    return _Exponentials(u, rest, total)
 
 
-def _forward_block(block: _Block, nll: Tensor, lse: Tensor) -> None:
-    for places in _place_tiles(block):
-        u = _tile(block, places, None)
-        t = u.shape[1]
-        u[:, :, :t].masked_fill_(_below_diagonal(t, u.device), -torch.inf)
-        chosen = u[:, :, :t].diagonal(dim1=1, dim2=2).clone()
-        if block.rest is not None:
-            u = torch.cat([u, _rest_tile(block, block.rest, places, None)], 2)
-        tile_nll = -u.log_softmax(2)[:, :, :t].diagonal(dim1=1, dim2=2)
-        nll[block.rows, places] = tile_nll
-        lse[block.rows, places] = chosen + tile_nll
-
-
-def _backward_block(
+def _add_gradients(
     block: _Block,
-    shift: Tensor,
-    taken: Tensor,
-    grad: Tensor,
+    upstream: Tensor,
+    value: Tensor,
     d_scores: Tensor,
     d_predecessors: Tensor,
     d_keys: Tensor,
 ) -> None:
-    shift, taken, grad = shift[block.rows], taken[block.rows], grad[block.rows]
+    """Add what the block's anchors give to their values and to all gradients."""
     k = block.queries.shape[1]
+    taken = (block.weights * upstream[:, None])[:, :, None]  # (n, K, 1)
     d_ranked = torch.zeros_like(block.ranked)
     d_ranked_keys = torch.zeros_like(block.ranked_keys)
     d_queries = torch.empty_like(block.queries)
     for places in _place_tiles(block):
-        queries = block.queries[:, places]
-        start = places.start
-        p = _tile(block, places, shift[:, places]).exp_()  # (n, t, L-start)
-        p[:, :, : p.shape[1]].triu_()
-        d_ranked[:, start:] += p.sum(1)
-        d_queries[:, places] = p @ block.ranked_keys[:, start:]
-        d_ranked_keys[:, start:] += p.transpose(1, 2) @ queries  # in place it is one by one
-        if block.rest is not None:
-            p = _rest_tile(block, block.rest, places, shift[:, places]).exp_()  # (n, t, M)
-            d_scores[block.rows] += p.sum(1)
-            d_queries[:, places] += p @ block.keys
-            p = p.mul_(grad[:, None, None]).flatten(0, 1)
-            d_keys.addmm_(p.T, queries.flatten(0, 1))
+        start, queries = places.start, block.queries[:, places]
+        e = _exponentials(block, places, value)
+        g = torch.where(e.total > 0, taken[:, places, 0] / e.total, 0.0)[:, :, None]  # (n, t, 1)
+        scaled = queries * g
+        d_ranked[:, start:] += (g.transpose(1, 2) @ e.listed).squeeze(1)
+        d_queries[:, places] = (e.listed @ block.ranked_keys[:, start:]) * g
+        d_ranked_keys[:, start:] += e.listed.transpose(1, 2) @ scaled  # in place it is one by one
+        if e.rest is not None:
+            d_scores[block.rows] += (g.transpose(1, 2) @ e.rest).squeeze(1)
+            d_queries[:, places] += (e.rest @ block.keys) * g
+            d_keys.addmm_(e.rest.flatten(0, 1).T, scaled.flatten(0, 1))
+    d_ranked[:, :k] -= taken.squeeze(2)
+    d_queries -= taken * block.ranked_keys[:, :k]
+    d_ranked_keys[:, :k] -= taken * block.queries
     d_scores[block.rows].scatter_add_(1, block.columns, d_ranked)
-    d_queries -= taken[:, :, None] * block.ranked_keys[:, :k]
-    d_ranked_keys[:, :k] -= taken[:, :, None] * block.queries
-    d_ranked_keys *= grad[:, None, None]
     d_keys.index_add_(0, block.columns.flatten(), d_ranked_keys.flatten(0, 1))
-    _add_factor_gradients(block, d_queries.mul_(grad[:, None, None]), d_predecessors)
+    _add_factor_gradients(block, d_queries, d_predecessors)
 
 
 def _add_factor_gradients(block: _Block, d_queries: Tensor, d_predecessors: Tensor) -> None:
@@ -290,3 +276,47 @@ def _add_factor_gradients(block: _Block, d_queries: Tensor, d_predecessors: Tens
 
 def _below_diagonal(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).tril_(-1)
+
+
+# ---------------------------------------------------------------- the Gram distance
+
+
+def gram_distance(student: Tensor, teacher: Tensor, negatives: str) -> tuple[Tensor, Tensor]:
+    """(B,) distances and the gradient of their sum to the student, a tile at a time.
+
+    Rows too are normalised for a few images at a time: all of them would take more than the tiles.
+    """
+    b, p, ds = student.shape
+    distance, gradient = student.new_zeros(b), torch.empty_like(student)
+    images = max(1, GRAM_TILE // max(1, p * p, p * (ds + teacher.shape[2])))
+    rows = max(1, min(p, GRAM_TILE // max(1, p)))
+    for i in range(0, b, images):
+        norms = row_norms(student[i : i + images])
+        s = student[i : i + images] / norms
+        t = teacher[i : i + images] / row_norms(teacher[i : i + images])
+        for j in range(0, p, rows):
+            ours = s[:, j : j + rows] @ s.transpose(1, 2)  # (images, rows, P)
+            theirs = t[:, j : j + rows] @ t.transpose(1, 2)
+            difference = _difference(ours, theirs, negatives)
+            distance[i : i + images] += torch.linalg.vector_norm(difference, dim=(1, 2)).square()
+            if negatives == "clamp":
+                difference.masked_fill_(ours < 0, 0.0)
+            gradient[i : i + images, j : j + rows] = 4 * (difference @ s)
+        through_normalisation_(gradient[i : i + images], s, norms)
+    return distance, gradient
+
+
+def through_normalisation_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """A gradient to unit rows becomes, in place, one to the rows they were made of."""
+    gradient -= (gradient * unit).sum(-1, keepdim=True) * unit
+    return gradient.div_(norms)
+
+
+def _difference(ours: Tensor, theirs: Tensor, negatives: str) -> Tensor:
+    """Their difference as `negatives` counts it; `theirs` is overwritten."""
+    if negatives == "keep":
+        return torch.sub(ours, theirs, out=theirs)
+    if negatives == "clamp":
+        return theirs.clamp_(min=0).neg_().add_(ours.clamp(min=0))
+    both = (ours < 0) & (theirs < 0)  # then both count as 0
+    return theirs.clamp_(min=0).neg_().add_(ours).masked_fill_(both, 0.0)

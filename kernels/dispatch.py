@@ -5,8 +5,8 @@ import warnings
 
 import torch
 
-IMPLEMENTATIONS = ("triton", "triton-dense", "blocked", "reference")
-"""triton: fused kernels; triton-dense: the same, skipping no tiles; blocked: streaming PyTorch;
+IMPLEMENTATIONS = ("triton", "blocked", "reference")
+"""triton: fused kernels; blocked: streaming PyTorch;
 reference: plain PyTorch, materialised, differentiable twice."""
 
 OLDEST_TRITON = (3, 3)  # 3.2 ends the process with a failed assertion when it compiles for sm_90
@@ -57,7 +57,7 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32)
         ValueError: `impl` is unknown.
     """
     check_impl(impl)
-    return _why_not_triton(device, dtype) if impl.startswith("triton") else None
+    return _why_not_triton(device, dtype) if impl == "triton" else None
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

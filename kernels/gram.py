@@ -1,186 +1,156 @@
-"""The Gram distance op: streaming implementation, registration, gradient, public function.
+"""The Gram distance in Triton: tiles of both Gram matrices at once, then their difference times s.
 
-The gradient is made in the forward pass, where the tiles of both Gram matrices exist anyway, and
-scaled, out of place, in the backward pass.
+The first kernel makes a tile of <s_i, s_j> and of <t_i, t_j>, adds up the squares of their
+difference and stores it; it makes the upper half and stores the lower one, its mirror image. The
+second kernel multiplies the differences with the student's rows, which is the gradient. They
+exist for some images at a time, or for some rows of one image too large for that.
 """
 
-from typing import Any
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from rankloss.kernels import reference
-from rankloss.kernels.dispatch import choose
-from rankloss.kernels.launch import outside_autocast
-from rankloss.kernels.reference import row_norms
-from rankloss.kernels.registration import loop_over_batch
+from rankloss.kernels.configurations import architecture, gram_plan
+from rankloss.kernels.launch import on_device_of
 
-TILE = 1 << 22  # entries of a Gram matrix, or of rows, alive at a time; 16 MiB in float32
-NEGATIVES = ("keep", "clamp", "clamp_teacher")
+TILE = 1 << 24  # differences alive at a time: 64 MiB
 
 
-def gram_distance(
-    student: Tensor, teacher: Tensor, negatives: str = "keep", impl: str = "auto"
-) -> Tensor:
-    """Sum over pairs of squared differences of two cosine Gram matrices.
-
-        sum over i, j of (S_ij - T_ij)^2,   S_ij = <s_i, s_j>,  T_ij = <t_i, t_j>,  rows normalised
-
-    Zero rows have similarity 0 and get no gradient, the teacher gets none. `rankloss.GramLoss` is
-    the friendly form.
-
-    Args:
-        student, teacher: (B, P, Ds) and (B, P, Dt) floating.
-        negatives: "keep"; "clamp": negative S and T count as 0; "clamp_teacher": negative T count
-            as 0, and S where both are negative.
-        impl: "auto", or the name of an implementation.
-
-    Returns:
-        (B,) float32, or float64 when an input is.
-
-    Raises:
-        ValueError: shapes or devices do not fit, or an option is unknown.
-        TypeError: an input is not floating point.
-    """
-    if negatives not in NEGATIVES:
-        raise ValueError(f"unknown negatives {negatives!r}; choose one of {list(NEGATIVES)}")
-    if student.dim() != 3 or teacher.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            "gram_distance: need (B, P, Ds) and (B, P, Dt), got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise TypeError(
-            "gram_distance: student and teacher must be floating point, got "
-            f"{student.dtype} and {teacher.dtype}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"gram_distance: student is on {student.device} but teacher on {teacher.device}; "
-            "move them to one device"
-        )
-    double = torch.float64 in (student.dtype, teacher.dtype)
-    dtype = torch.float64 if double else torch.float32
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    chosen = choose(impl, student.device, dtype)
-    if chosen == "reference":
-        with outside_autocast(student):
-            return reference.gram_distance(student, teacher, negatives)
-    link = student[:0].clone()  # ties gradients to the student without keeping its memory
-    distance: Tensor = _GramDistance.apply(student, teacher, negatives, chosen, link)[0]
-    return distance
+@triton.jit
+def tile_of_rows(x, rows, columns, P, D: tl.constexpr):
+    """Some columns of some rows of one image, (P, D), 0 outside."""
+    mask = (rows < P)[:, None] & (columns < D)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
 
 
-def blocked(student: Tensor, teacher: Tensor, negatives: str) -> tuple[Tensor, Tensor]:
-    """(B,) distances and the gradient of their sum to the student, a tile at a time.
-
-    Rows too are normalised for a few images at a time: all of them would take more than the tiles.
-    """
-    b, p, ds = student.shape
-    distance, gradient = student.new_zeros(b), torch.empty_like(student)
-    images = max(1, TILE // max(1, p * p, p * (ds + teacher.shape[2])))
-    rows = max(1, min(p, TILE // max(1, p)))
-    for i in range(0, b, images):
-        norms = row_norms(student[i : i + images])
-        s = student[i : i + images] / norms
-        t = teacher[i : i + images] / row_norms(teacher[i : i + images])
-        for j in range(0, p, rows):
-            ours = s[:, j : j + rows] @ s.transpose(1, 2)  # (images, rows, P)
-            theirs = t[:, j : j + rows] @ t.transpose(1, 2)
-            difference = _difference(ours, theirs, negatives)
-            distance[i : i + images] += torch.linalg.vector_norm(difference, dim=(1, 2)).square()
-            if negatives == "clamp":
-                difference.masked_fill_(ours < 0, 0.0)
-            gradient[i : i + images, j : j + rows] = 4 * (difference @ s)
-        _through_normalisation_(gradient[i : i + images], s, norms)
-    return distance, gradient
+@triton.jit
+def gram_tile(x, i, j, P, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """<x_i, x_j>, (BI, BJ) float32."""
+    acc = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    for d0 in range(0, D, BD):  # unrolled, all of D would be in shared memory at once
+        d = d0 + tl.arange(0, BD)
+        left, right = tile_of_rows(x, i, d, P, D), tile_of_rows(x, j, d, P, D)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+    return acc
 
 
-def fused(student: Tensor, teacher: Tensor, negatives: str) -> tuple[Tensor, Tensor]:
-    """The same by the Triton kernel."""
-    from rankloss.kernels import gram_triton
-
-    norms = row_norms(student)
-    s, t = student / norms, teacher / row_norms(teacher)
-    distance, gradient = gram_triton.forward(s, t, negatives)
-    return distance, _through_normalisation_(gradient, s, norms)
-
-
-def _through_normalisation_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """A gradient to unit rows becomes, in place, one to the rows they were made of."""
-    gradient -= (gradient * unit).sum(-1, keepdim=True) * unit
-    return gradient.div_(norms)
-
-
-def _difference(ours: Tensor, theirs: Tensor, negatives: str) -> Tensor:
-    """Their difference as `negatives` counts it; `theirs` is overwritten."""
-    if negatives == "keep":
-        return torch.sub(ours, theirs, out=theirs)
-    if negatives == "clamp":
-        return theirs.clamp_(min=0).neg_().add_(ours.clamp(min=0))
-    both = (ours < 0) & (theirs < 0)  # then both count as 0
-    return theirs.clamp_(min=0).neg_().add_(ours).masked_fill_(both, 0.0)
-
-
-# ---------------------------------------------------------------- registration
-
-
-@torch.library.custom_op("rankloss::gram_distance", mutates_args=())
-def _forward(student: Tensor, teacher: Tensor, negatives: str, impl: str) -> tuple[Tensor, Tensor]:
-    student, teacher = student.contiguous(), teacher.contiguous()
-    with outside_autocast(student):
-        implementation = blocked if impl == "blocked" else fused
-        return implementation(student, teacher, negatives)
-
-
-@_forward.register_fake
-def _(student: Tensor, teacher: Tensor, negatives: str, impl: str) -> tuple[Tensor, Tensor]:
-    return student.new_empty(student.shape[0]), student.new_empty(student.shape)
-
-
-loop_over_batch(_forward)
-
-
-class _Scale(torch.autograd.Function):
-    """The gradient times what comes from above; differentiating it is refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, gradient: Tensor, link: Tensor) -> Tensor:
-        return grad[:, None, None] * gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "gram_distance: the streaming implementations have no second derivative; "
-            "use impl='reference' to differentiate twice"
-        )
+@triton.jit(do_not_specialize=["first", "row0", "rows", "P"])
+def gram_kernel(
+    student,  # (B, P, DS) unit rows, float32
+    teacher,  # (B, P, DT)
+    differences,  # out (images, rows, P)
+    distance,  # in and out (B, row tiles of P): a tile's share
+    first,  # image at which the chunk starts
+    row0,  # row at which it starts, and how many rows it has
+    rows,
+    P,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    BI: tl.constexpr,
+    BD: tl.constexpr,
+    MIRROR: tl.constexpr,  # every row is in the chunk: the lower half mirrors the upper
+    NEGATIVES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program axis 0: image and BI rows; it streams the columns."""
+    tiles = tl.cdiv(rows, BI)
+    local = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    i = row0 + tile * BI + tl.arange(0, BI)
+    s, t = student + (first + local) * P * DS, teacher + (first + local) * P * DT
+    differences += local * rows * P
+    total = tl.zeros((BI,), tl.float32)
+    start = tile * BI if MIRROR else 0
+    for j0 in range(start, P, BI):
+        j = j0 + tl.arange(0, BI)
+        ours = gram_tile(s, i, j, P, DS, BD, PRECISION)
+        theirs = gram_tile(t, i, j, P, DT, BD, PRECISION)
+        if NEGATIVES == "keep":
+            difference = ours - theirs
+        elif NEGATIVES == "clamp":
+            difference = tl.maximum(ours, 0.0) - tl.maximum(theirs, 0.0)
+        else:
+            both = (ours < 0) & (theirs < 0)
+            difference = tl.where(both, 0.0, ours - tl.maximum(theirs, 0.0))
+        twice = 2.0 if MIRROR else 1.0
+        total += tl.sum(difference * difference, 1) * tl.where(j0 > start, twice, 1.0)
+        if NEGATIVES == "clamp":
+            difference = tl.where(ours >= 0, difference, 0.0)
+        inside = (i < row0 + rows)[:, None] & (j < P)[None, :]
+        row = (i - row0).to(tl.int64)
+        tl.store(differences + row[:, None] * P + j[None, :], difference, mask=inside)
+        if MIRROR:
+            mirrored = differences + j.to(tl.int64)[None, :] * P + i[:, None]
+            tl.store(mirrored, difference, mask=inside & (j0 > start))
+    out = distance + (first + local) * tl.cdiv(P, BI) + row0 // BI + tile
+    tl.store(out, tl.sum(total, 0))
 
 
-class _GramDistance(torch.autograd.Function):
-    generate_vmap_rule = True
+@triton.jit(do_not_specialize=["first", "row0", "rows", "P"])
+def gradient_kernel(
+    differences,  # (images, rows, P)
+    student,
+    gradient,  # out (B, P, DS)
+    first,
+    row0,
+    rows,
+    P,
+    DS: tl.constexpr,
+    BI: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """4 differences @ student. Program axis 0: image and BI rows; axis 1: BD columns."""
+    tiles = tl.cdiv(rows, BI)
+    local = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles) * BI + tl.arange(0, BI)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    s = student + (first + local) * P * DS
+    differences += local * rows * P
+    acc = tl.zeros((BI, BD), tl.float32)
+    for j0 in range(0, P, BI):
+        j = j0 + tl.arange(0, BI)
+        mask = (row < rows)[:, None] & (j < P)[None, :]
+        at = row.to(tl.int64)[:, None] * P + j[None, :]
+        difference = tl.load(differences + at, mask=mask, other=0.0)
+        acc = tl.dot(difference, tile_of_rows(s, j, d, P, DS), acc, input_precision=PRECISION)
+    out = gradient + (first + local) * P * DS + (row0 + row).to(tl.int64)[:, None] * DS
+    tl.store(out + d[None, :], 4.0 * acc, mask=(row < rows)[:, None] & (d < DS)[None, :])
 
-    @staticmethod
-    def forward(
-        student: Tensor, teacher: Tensor, negatives: str, impl: str, link: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _forward(student, teacher, negatives, impl)
-        return result
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros as large as it
-        ctx.save_for_backward(gradient, inputs[4])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        if grad is None:
-            return None, None, None, None, None
-        return _Scale.apply(grad, *ctx.saved_tensors), None, None, None, None
+def distance_and_gradient(
+    student: Tensor, teacher: Tensor, negatives: str
+) -> tuple[Tensor, Tensor]:
+    """For unit rows: (B,) distances and the gradient of their sum to the student, (B, P, Ds)."""
+    (b, p, ds), plan = student.shape, gram_plan(architecture(student.device))
+    side = plan.rows
+    distance = student.new_zeros(b, triton.cdiv(p, side))
+    gradient = torch.empty_like(student)
+    if not student.numel():
+        return distance.sum(1), gradient.zero_()
+    images = max(1, min(b, TILE // (p * p)))
+    rows = p if p * p <= TILE else max(1, TILE // p // side) * side
+    buffer = student.new_empty(images, min(rows, p), p)
+    for first in range(0, b, images):
+        count = min(images, b - first)
+        for row0 in range(0, p, rows):
+            sizes = first, row0, min(rows, p - row0), p
+            programs = count * triton.cdiv(sizes[2], side)
+            with on_device_of(student):
+                gram_kernel[(programs,)](
+                    student,
+                    teacher,
+                    buffer,
+                    distance,
+                    *sizes,
+                    DS=ds,
+                    DT=teacher.shape[2],
+                    MIRROR=rows >= p,
+                    NEGATIVES=negatives,
+                    **plan.constants(plan.inner),
+                )
+                gradient_kernel[(programs, triton.cdiv(ds, plan.columns))](
+                    buffer, student, gradient, *sizes, DS=ds, **plan.constants(plan.columns)
+                )
+    return distance.sum(1), gradient

@@ -1,7 +1,9 @@
-"""The Plackett-Luce op: registration, gradient, public function.
+"""The Plackett-Luce op: public function, gradient, registration.
 
-The kernels are opaque custom ops inside an `autograd.Function`, so `torch.compile(fullgraph=True)`,
-fake tensors, autocast and functorch all see one node, whichever implementation runs beneath.
+The implementations are opaque custom ops inside an `autograd.Function`, so that
+`torch.compile(fullgraph=True)`, fake tensors, autocast and functorch see one node, whichever runs
+beneath. A value and its gradients come out of one pass over the lists; nothing that depends on
+tile sizes or precision is kept between a forward and a backward pass.
 """
 
 from types import ModuleType
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import blocked, reference
-from rankloss.kernels.configurations import live_tiles
+from rankloss.kernels.derivatives import Refusing, Scaled, applied, link_to
 from rankloss.kernels.dispatch import choose
-from rankloss.kernels.launch import outside_autocast
-from rankloss.kernels.registration import loop_over_batch
+from rankloss.kernels.launch import loop_over_batch, outside_autocast
+from rankloss.kernels.signature import SCHEMA, Lists
 
 
 def plackett_luce(
@@ -25,6 +27,7 @@ def plackett_luce(
     predecessors: Tensor,
     keys: Tensor,
     impl: str = "auto",
+    anchor_weights: Tensor | None = None,
 ) -> Tensor:
     """Weighted negative log-likelihood of rankings under a high-order Plackett-Luce model.
 
@@ -37,63 +40,84 @@ def plackett_luce(
 
     Args:
         scores: S, (N, M) floating; -inf removes a candidate.
-        ranking: pi, (N, K) int64, distinct ids within a row, best first. Places beyond
+        ranking: pi, (N, K) int32 or int64, distinct ids within a row, best first. Places beyond
             `lengths` may hold any ids as long as the row stays distinct.
         lengths: (N,) int64, how many places of each row count, 0 to K.
-        weights: w, (K,) floating, not negative.
+        weights: w, (K,) floating, not negative. They get no gradient.
         predecessors: (R(R-1)/2, M, r); row m(m-1)/2 + (j-1) is P_mj. R = 1: (0, M, r).
         keys: (R-1, M, r); row m-1 is C_m, 1/sqrt(r) already inside.
         impl: "auto", or the name of an implementation.
+        anchor_weights: a, (N,) floating, or None. They get no gradient. With them the result
+            is sum_i a_i nll_i, whose gradients the streaming implementations make together with
+            the value, in one pass instead of two.
 
     Returns:
-        (N,) float32, or float64 when any of the inputs is.
+        (N,) float32, or float64 when any of the tables or scores is; a scalar with
+        `anchor_weights`.
 
     Raises:
         ValueError: shapes do not fit together, devices differ, or `impl` cannot run here.
+
+    >>> nothing = torch.empty(0, 3, 8)
+    >>> scores, ranking = torch.zeros(1, 3), torch.tensor([[2, 0, 1]])
+    >>> plackett_luce(scores, ranking, torch.tensor([3]), torch.ones(3), nothing, nothing)
+    tensor([1.7918])
     """
-    _check(scores, ranking, lengths, weights, predecessors, keys)
+    given = Lists(scores, ranking, lengths, weights.detach(), predecessors, keys)
+    _check(given, anchor_weights)
     table_dtype = torch.promote_types(predecessors.dtype, keys.dtype)
     double = torch.float64 in (scores.dtype, table_dtype)
     dtype = torch.float64 if double else torch.float32
     chosen = choose(impl, scores.device, dtype)
-    scores, weights = scores.to(dtype), weights.to(dtype)
-    if not chosen.startswith("triton"):  # the Triton kernels multiply halves as they are
+    if chosen != "triton":  # whose kernels multiply halves as they are
         table_dtype = dtype
-    predecessors, keys = predecessors.to(table_dtype), keys.to(table_dtype)
-    tensors = scores, ranking, lengths, weights, predecessors, keys
-    if chosen == "reference":
-        with outside_autocast(scores):
-            return reference.plackett_luce(*tensors)
-    nll: Tensor = _PlackettLuce.apply(*tensors, chosen)[0]
+    x = given._replace(
+        scores=scores.to(dtype),
+        weights=given.weights.to(dtype),
+        predecessors=predecessors.to(table_dtype),
+        keys=keys.to(table_dtype),
+    )
+    if anchor_weights is None:
+        return _each(x, chosen)
+    anchor_weights = anchor_weights.detach().to(dtype)
+    differentiable = (x.scores, x.predecessors, x.keys)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    if chosen == "reference" or not wanted:
+        return (_each(x, chosen) * anchor_weights).sum()
+    links = [link_to(t) for t in differentiable]
+    total: Tensor = applied(_Total, anchor_weights, *x, chosen, *links)[0]
+    return total
+
+
+def _each(x: Lists, impl: str) -> Tensor:
+    if impl == "reference":
+        with outside_autocast(x.scores):
+            return reference.plackett_luce(x)
+    nll: Tensor = applied(_Each, *x, impl)
     return nll
 
 
-def _check(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-) -> None:
-    n, m = scores.shape
-    k, terms, r = ranking.shape[1], keys.shape[0], keys.shape[2]
+def _check(x: Lists, anchor_weights: Tensor | None) -> None:
+    n, m = x.scores.shape
+    k, terms, r = x.ranking.shape[1], x.keys.shape[0], x.keys.shape[2]
     wanted = {
-        "ranking": (ranking, (n, k)),
-        "lengths": (lengths, (n,)),
-        "weights": (weights, (k,)),
-        "predecessors": (predecessors, (terms * (terms + 1) // 2, m, r)),
-        "keys": (keys, (terms, m, r)),
+        "ranking": (x.ranking, (n, k)),
+        "lengths": (x.lengths, (n,)),
+        "weights": (x.weights, (k,)),
+        "predecessors": (x.predecessors, (terms * (terms + 1) // 2, m, r)),
+        "keys": (x.keys, (terms, m, r)),
     }
+    if anchor_weights is not None:
+        wanted["anchor_weights"] = anchor_weights, (n,)
     for name, (tensor, shape) in wanted.items():
         if tensor.shape != shape:
             raise ValueError(
                 f"plackett_luce: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} "
-                f"for scores {tuple(scores.shape)} and ranking {tuple(ranking.shape)}"
+                f"for scores {(n, m)} and ranking {tuple(x.ranking.shape)}"
             )
-        if tensor.device != scores.device:
+        if tensor.device != x.scores.device:
             raise ValueError(
-                f"plackett_luce: scores are on {scores.device} but {name} on {tensor.device}; "
+                f"plackett_luce: scores are on {x.scores.device} but {name} on {tensor.device}; "
                 "move them to one device"
             )
 
@@ -101,127 +125,69 @@ def _check(
 # ---------------------------------------------------------------- registration
 
 
-def _implementation(impl: str) -> ModuleType:
-    """The module with `forward` and `backward`; Triton is imported when first used."""
+def _module(impl: str, x: Lists) -> ModuleType:
+    """The module with `nll` and `nll_and_gradients`; Triton is imported when first used."""
     if impl == "blocked":
         return blocked
-    from rankloss.kernels import fused
+    if len(x.keys):
+        from rankloss.kernels import high_order
 
-    return fused
+        return high_order
+    from rankloss.kernels import first_order
 
-
-@torch.library.custom_op("rankloss::plackett_luce", mutates_args=())
-def _forward(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll (N,), and what the backward pass needs: log-sum-exps (N, K), live tiles."""
-    skip = impl != "triton-dense"
-    tensors = scores.contiguous(), ranking.contiguous(), lengths, weights, predecessors, keys
-    with outside_autocast(scores):
-        result: tuple[Tensor, Tensor, Tensor] = _implementation(impl).forward(*tensors, skip=skip)
-    return result
+    return first_order
 
 
-@torch.library.custom_op("rankloss::plackett_luce_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    lse: Tensor,
-    live: Tensor,
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to scores, predecessors and keys."""
-    scores, ranking = scores.contiguous(), ranking.contiguous()
-    with outside_autocast(scores):
-        result: tuple[Tensor, Tensor, Tensor] = _implementation(impl).backward(
-            grad, lse, live, scores, ranking, lengths, weights, predecessors, keys
-        )
-    return result
+def _run_nll(*args: Any) -> Tensor:
+    x, impl = Lists(*(t.contiguous() for t in args[:-1])), args[-1]
+    with outside_autocast(x.scores):
+        nll: Tensor = _module(impl, x).nll(x)
+    return nll
 
 
-@_forward.register_fake
-def _(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    live = live_tiles(impl, scores, ranking, keys)
-    return scores.new_empty(scores.shape[0]), scores.new_empty(ranking.shape), live
+def _run_gradients(upstream: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, impl = Lists(*(t.contiguous() for t in args[:-1])), args[-1]
+    with outside_autocast(x.scores):
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = _module(impl, x).nll_and_gradients(upstream.contiguous(), x)
+    return found
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    lse: Tensor,
-    live: Tensor,
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        scores.new_empty(scores.shape),
-        predecessors.new_empty(predecessors.shape),
-        keys.new_empty(keys.shape),
-    )
+_nll = torch.library.custom_op(
+    "rankloss::plackett_luce",
+    _run_nll,
+    mutates_args=(),
+    schema=f"({SCHEMA}, str impl) -> Tensor",
+)
+_gradients = torch.library.custom_op(
+    "rankloss::plackett_luce_gradients",
+    _run_gradients,
+    mutates_args=(),
+    schema=f"(Tensor upstream, {SCHEMA}, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
-loop_over_batch(_forward)
-loop_over_batch(_backward)
+@_nll.register_fake
+def _(*args: Any) -> Tensor:
+    scores: Tensor = args[0]
+    return scores.new_empty(scores.shape[0])
 
 
-class _PlackettLuceBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad: Tensor,
-        lse: Tensor,
-        live: Tensor,
-        scores: Tensor,
-        ranking: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        predecessors: Tensor,
-        keys: Tensor,
-        impl: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = _backward(
-            grad, lse, live, scores, ranking, lengths, weights, predecessors, keys, impl
-        )
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "plackett_luce: the streaming implementations have no second derivative; "
-            "use impl='reference' to differentiate twice"
-        )
+@_gradients.register_fake
+def _(upstream: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Tables' gradients have the accumulators' dtype, which is that of the scores."""
+    x = Lists(*args[:-1])
+    shapes = x.scores.shape[:1], x.scores.shape, x.predecessors.shape, x.keys.shape
+    return tuple(x.scores.new_empty(shape) for shape in shapes)
 
 
-class _PlackettLuce(torch.autograd.Function):
+loop_over_batch(_nll)
+loop_over_batch(_gradients)
+
+
+class _Each(torch.autograd.Function):
+    """Likelihoods of the anchors; their gradients are made in the backward pass."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -233,25 +199,74 @@ class _PlackettLuce(torch.autograd.Function):
         predecessors: Tensor,
         keys: Tensor,
         impl: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = _forward(
-            scores, ranking, lengths, weights, predecessors, keys, impl
-        )
-        return result
+    ) -> Tensor:
+        nll: Tensor = _nll(scores, ranking, lengths, weights, predecessors, keys, impl)
+        return nll
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.impl = inputs
-        _, lse, live = output
-        ctx.mark_non_differentiable(lse, live)
-        ctx.set_materialize_grads(False)  # no zeros of their size for these two in the backward
-        ctx.save_for_backward(lse, live, *tensors)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        d_scores, d_predecessors, d_keys = applied(
+            _EachBackward, grad, *ctx.saved_tensors, ctx.impl
+        )
+        return d_scores, None, None, None, d_predecessors, d_keys, None
+
+
+class _EachBackward(Refusing):
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        scores: Tensor,
+        ranking: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        predecessors: Tensor,
+        keys: Tensor,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = scores, ranking, lengths, weights, predecessors, keys
+        _, d_scores, d_predecessors, d_keys = _gradients(grad, *x, impl)
+        return d_scores, d_predecessors.to(predecessors.dtype), d_keys.to(keys.dtype)
+
+
+class _Total(torch.autograd.Function):
+    """Their weighted sum, and its gradients, which the backward pass only scales."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        anchor_weights: Tensor,
+        scores: Tensor,
+        ranking: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        predecessors: Tensor,
+        keys: Tensor,
+        impl: str,
+        *links: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = scores, ranking, lengths, weights, predecessors, keys
+        nll, *gradients = _gradients(anchor_weights, *x, impl)
+        return ((nll * anchor_weights).sum(), *gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros of the gradients' size for them
+        ctx.save_for_backward(*output[1:], *inputs[8:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 7
-        d_scores, d_predecessors, d_keys = _PlackettLuceBackward.apply(
-            grad.contiguous(), *ctx.saved_tensors, ctx.impl
+            return (None,) * 11
+        saved = ctx.saved_tensors
+        d_scores, d_predecessors, d_keys = (
+            applied(Scaled, grad, gradient, link)
+            for gradient, link in zip(saved[:3], saved[3:], strict=True)
         )
-        return d_scores, None, None, None, d_predecessors, d_keys, None
+        return None, d_scores, None, None, None, d_predecessors, d_keys, None, None, None, None

@@ -6,19 +6,12 @@ It materialises the N x K x M utilities, so it is for checking and for small pro
 import torch
 from torch import Tensor
 
+from rankloss.kernels.signature import Lists
 
-def plackett_luce(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    predecessors: Tensor,
-    keys: Tensor,
-) -> Tensor:
-    """Weighted Plackett-Luce negative log-likelihood, sum_k w_k l_ik over k < length_i, as (N,).
 
-    Same signature as every implementation; `rankloss.kernels.plackett_luce` documents it.
-    """
+def plackett_luce(x: Lists) -> Tensor:
+    """Weighted Plackett-Luce negative log-likelihood, sum_k w_k l_ik over k < length_i, as (N,)."""
+    scores, ranking, lengths, weights, predecessors, keys = x._replace(ranking=x.ranking.long())
     n, m = scores.shape
     k = ranking.shape[1]
     utilities = scores[:, None, :] + _transition_scores(ranking, predecessors, keys)  # (N, K, M)

@@ -1,7 +1,7 @@
 """The four ranking lists of a batch: who scores whom, and whose order they should reproduce."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def list_nll(item: RankingList, top_k: int | None, *, discount: Discount, impl: 
     ranking = rankings(target, top_k)
     if lengths is not None:
         lengths = lengths.clamp(max=ranking.shape[1])
-    return ranked_nll(scores, ranking, lengths, item.transitions, discount=discount, impl=impl)
+    options: dict[str, Any] = {"discount": discount, "impl": impl, "divisor": len(scores)}
+    return ranked_nll(scores, ranking, lengths, item.transitions, **options)
 
 
 def _list_mask(

@@ -122,13 +122,12 @@ def plackett_luce_nll(
         mask = mask.expand_as(scores)
         scores = scores.masked_fill(~mask, -torch.inf)
         ranking, lengths = _masked_last(ranking, mask)
-    nll = ranked_nll(scores, ranking, lengths, transitions, discount=discount, impl=impl)
-    if reduction == "none":
-        return nll
-    if reduction == "sum":
-        return nll.sum()
-    anchors = nll.shape[0] if lengths is None else (lengths > 0).sum()
-    return nll.sum() / (anchors.clamp(min=1) if isinstance(anchors, Tensor) else max(anchors, 1))
+    divisor: Tensor | int | None = None if reduction == "none" else 1
+    if reduction == "mean":
+        divisor = len(scores) if lengths is None else (lengths > 0).sum()
+    return ranked_nll(
+        scores, ranking, lengths, transitions, discount=discount, impl=impl, divisor=divisor
+    )
 
 
 def ranked_nll(
@@ -139,10 +138,13 @@ def ranked_nll(
     *,
     discount: Discount,
     impl: str,
+    divisor: Tensor | int | None = None,
 ) -> Tensor:
-    """`plackett_luce_nll` of valid input: (N,), over the first `lengths` (N,) places of each row.
+    """`plackett_luce_nll` of valid input, over the first `lengths` (N,) places of each row.
 
-    Candidates at score -inf are out of the list; `lengths` None means all K places count.
+    Candidates at score -inf are out of the list; `lengths` None means all K places count. (N,)
+    without a `divisor`; else their sum over it (over 1, if it is 0), whose gradients are made
+    together with the value.
     """
     n, k = ranking.shape
     predecessors, keys = transitions or _no_transitions(scores)
@@ -150,14 +152,22 @@ def ranked_nll(
         _compute_dtype(scores), torch.promote_types(predecessors.dtype, keys.dtype)
     )
     weights = _place_weights(k, discount, dtype, scores.device)
+    share = None
+    if divisor is not None:
+        least = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
+        share = weights.new_ones(n) / least
     if lengths is None:
         lengths = torch.full((n,), k, dtype=torch.int64, device=scores.device)
         weights = weights / weights.sum()
-        return kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
-    nll = kernels.plackett_luce(scores, ranking, lengths, weights, predecessors, keys, impl)
+        x = scores, ranking, lengths, weights, predecessors, keys
+        return kernels.plackett_luce(*x, impl, share)
     counts = torch.arange(k, device=scores.device) < lengths[:, None]
     total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
-    return nll / torch.where(lengths > 0, total, 1.0)
+    total = torch.where(lengths > 0, total, 1.0)
+    x = scores, ranking, lengths, weights, predecessors, keys
+    if share is None:
+        return kernels.plackett_luce(*x, impl) / total
+    return kernels.plackett_luce(*x, impl, share / total)
 
 
 def _place_weights(k: int, discount: Discount, dtype: torch.dtype, device: torch.device) -> Tensor:

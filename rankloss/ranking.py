@@ -293,7 +293,7 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         for weight, lists in groups:
             for item in lists:
                 nll = list_nll(item, self.top_k, discount=self.discount, impl=self.impl)
-                total = total + weight / 2 * nll.sum() / max(len(nll), 1)
+                total = total + weight / 2 * nll
         # a copy: DDP rewrites buffers in every forward, and two may precede a backward
         return total * self.ranking_ramp.clone()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankloss import GramLoss
 from rankloss.distillation import Level, Negatives, resize_features
-from rankloss.kernels import gram
+from rankloss.kernels import blocked
 from tests.helpers.distillation_loops import frobenius, gradient, permutations, random_features
 from tests.helpers.distillation_loops import gram as gram_by_loops
 from tests.helpers.processes import ProcessGroup
@@ -70,7 +70,7 @@ def test_equals_the_loops(
     tile: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gram, "TILE", tile)
+        patch.setattr(blocked, "GRAM_TILE", tile)
         assert_equals_loops(GramLoss(level, negatives, impl=impl), *problem)
 
 

@@ -1,8 +1,13 @@
-"""A dispatch mode that remembers the largest tensor an implementation makes."""
+"""Dispatch modes that watch the tensors an implementation makes, and stubs of its kernels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import pytest
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -24,3 +29,50 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 size = x.untyped_storage().nbytes() // x.element_size()
                 self.largest = max(self.largest, size)
         return result
+
+
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Largest number of bytes alive at a time among storages made inside; meta tensors count."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+        self.calls = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        self._alive = {k: x for k, x in self._alive.items() if not x[0].expired()}  # type: ignore[no-untyped-call]
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata in self._alive or storage._cdata not in given:
+                    weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                    self._alive[storage._cdata] = weak, storage.nbytes()
+        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        return result
+
+
+class _Nothing:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.count += 1
+
+        return launch
+
+
+@contextmanager
+def without_kernels(*modules: ModuleType) -> Iterator[_Nothing]:
+    """Launches of the modules' kernels do nothing, and are counted."""
+    stub = _Nothing()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name in vars(module):
+                if name.endswith("_kernel"):
+                    patch.setattr(module, name, stub)
+        yield stub

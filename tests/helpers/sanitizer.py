@@ -81,6 +81,7 @@ class Report:
 
     programs: int = 0
     dot_precisions: set[str] = field(default_factory=set)
+    dot_flops: int = 0
 
 
 @contextmanager
@@ -304,6 +305,7 @@ class _Checks:
             sides = (*a.data.shape[-2:], b.data.shape[-1])
             if min(sides) < 16:
                 raise KernelFault(f"dot of {a.data.shape} and {b.data.shape}: a side is below 16")
+            self.report.dot_flops += 2 * sides[0] * sides[1] * sides[2]
             self.report.dot_precisions.add(str(precision).rpartition(".")[2].lower())
             return original(builder, _widened(a), _widened(b), c, precision, *rest)
 

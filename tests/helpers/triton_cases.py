@@ -1,6 +1,5 @@
 """Problems for the Triton kernels, what float64 says of them, how close kernels must come."""
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import plackett_luce, reference
-from rankloss.kernels.configurations import Configuration
+from rankloss.kernels.configurations import Plan, Tile
 from tests.helpers.problems import make_problem
 from tests.helpers.sanitizer import Report, sanitize
 
@@ -23,7 +22,7 @@ can_run = pytest.mark.skipif(
 )
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
-SMALL_TILES = Configuration(places=16, candidates=16, columns=32)
+SMALL_TILES = Plan(Tile(16, 16), Tile(16, 16), columns=32)
 """Many tiles, and several blocks of columns, at sizes the interpreter runs in no time."""
 
 
@@ -57,10 +56,9 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A value with the gradients of sum_i upstream_i nll_i, and the log-sum-exps beneath it."""
+    """A value with the gradients of sum_i upstream_i nll_i."""
 
     nll: Tensor  # (N,)
-    lse: Tensor  # (N, K) in binary orders, +inf where a place does not count
     d_scores: Tensor
     d_predecessors: Tensor
     d_keys: Tensor
@@ -150,10 +148,15 @@ def run(inputs: Inputs, impl: str = "triton", grad: Tensor | None = None) -> Res
     """Value and gradients by the op."""
     x = inputs.with_leaves()
     nll = plackett_luce(*x, impl=impl)
-    saved = nll.grad_fn.saved_tensors  # type: ignore[union-attr]
     grad = upstream(len(nll)) if grad is None else grad
-    gradients = torch.autograd.grad(nll, x.leaves(), grad)
-    return Results(nll.detach(), saved[0], *gradients)
+    return Results(nll.detach(), *torch.autograd.grad(nll, x.leaves(), grad))
+
+
+def run_total(inputs: Inputs, grad: Tensor, impl: str = "triton") -> tuple[Tensor, ...]:
+    """The sum weighted by `grad`, its gradients made ahead: scalar value and gradients."""
+    x = inputs.with_leaves()
+    total = plackett_luce(*x, impl=impl, anchor_weights=grad)
+    return total.detach(), *torch.autograd.grad(total, x.leaves())
 
 
 def expected(inputs: Inputs, grad: Tensor | None = None) -> Results:
@@ -162,25 +165,13 @@ def expected(inputs: Inputs, grad: Tensor | None = None) -> Results:
     nll = plackett_luce(*x, impl="reference")
     grad = upstream(len(nll)) if grad is None else grad
     d = torch.autograd.grad(nll, x.leaves(), grad.double(), materialize_grads=True)
-    return Results(nll.detach(), log_sum_exps(inputs), *d)
+    return Results(nll.detach(), *d)
 
 
 def utilities(inputs: Inputs) -> Tensor:
     """u, (N, K, M) in float64, of taken candidates too."""
     x = inputs.double()
     return x.scores[:, None] + reference._transition_scores(x.ranking, x.predecessors, x.keys)
-
-
-def log_sum_exps(inputs: Inputs) -> Tensor:
-    """(N, K) in float64 and binary orders, +inf where a place does not count."""
-    (n, m), k = inputs.scores.shape, inputs.ranking.shape[1]
-    place = torch.arange(k, device=DEVICE).expand(n, k)
-    places = torch.full((n, m), k, device=DEVICE).scatter(1, inputs.ranking, place)
-    taken = places[:, None] < place[:, :, None]
-    u = torch.where(
-        inputs.counts()[:, :, None], utilities(inputs).masked_fill(taken, -torch.inf), 0
-    )
-    return torch.where(inputs.counts(), u.logsumexp(2) / torch.tensor(2.0).log(), torch.inf)
 
 
 # ---------------------------------------------------------------- how close is close enough
@@ -209,25 +200,24 @@ def rounding_of_queries(inputs: Inputs) -> float:
 
 
 def assert_close(actual: Results, wanted: Results, inputs: Inputs) -> None:
-    """Log-sum-exps to 1e-6 of the largest utility, a place's value to twice that, gradients by
-    the ratio of mean squares.
+    """A place's value to 2e-6 of the largest utility, on average over an anchor's places;
+    gradients by the ratio of mean squares.
 
     Utilities of size |u| are rounded three times before they become a probability, each time by
     half an eps of theirs; so much of a gradient is always uncertain.
     """
     size = largest_utility(inputs)
     limit = 1e-6 * size + rounding_of_queries(inputs)
-    torch.testing.assert_close(actual.lse.double(), wanted.lse, rtol=0, atol=limit / math.log(2))
     weight = (inputs.weights * inputs.counts()).sum(1).clamp(min=1)
     worst = ((actual.nll - wanted.nll).abs() / weight).max() if len(weight) else 0
     assert worst <= 2 * limit, f"nll is off by {worst:.2e} a place, limit {2 * limit:.2e}"
     gate = max(GRADIENT_GATES[inputs.keys.dtype], 1.5 * torch.finfo(torch.float32).eps * size)
-    for name, a, b in zip(Results._fields[2:], actual.gradients(), wanted.gradients(), strict=True):
+    for name, a, b in zip(Results._fields[1:], actual.gradients(), wanted.gradients(), strict=True):
         assert a.shape == b.shape
         assert a.isfinite().all(), f"{name} is not finite"
         error = (a - b).double().norm()
-        # a gradient that cancels is only known as well as the terms it sums
-        assert error <= gate * (b.norm() + 1e-2), (
+        # a gradient that cancels, even to 0, is only known as well as the terms it sums
+        assert error <= gate * (b.norm() + 5e-2), (
             f"{name}: ratio {error / b.norm():.1e} > {gate:.1e}"
         )
 

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import GramLoss
-from rankloss.kernels import gram, gram_distance, reference
+from rankloss.kernels import blocked, gram_distance, reference
+from rankloss.kernels.gram_distance import NEGATIVES
 from tests.helpers.distillation_loops import frobenius, gradient, random_features
 
-NEGATIVES = gram.NEGATIVES
 each_negatives = pytest.mark.parametrize("negatives", NEGATIVES)
 each_impl = pytest.mark.parametrize("impl", ["blocked", "reference"])
 
@@ -24,7 +24,7 @@ def features(b: int = 3, p: int = 6, dtype: torch.dtype = torch.float64) -> tupl
 
 @pytest.fixture
 def shrink(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda tile: monkeypatch.setattr(gram, "TILE", tile)
+    return lambda tile: monkeypatch.setattr(blocked, "GRAM_TILE", tile)
 
 
 # ---------------------------------------------------------------- values
@@ -129,7 +129,7 @@ def test_blocked_never_holds_gram_matrices_of_the_batch(
     student, teacher = torch.randn(b, p, width), torch.randn(b, p, 2 * width)
     shrink(tile)
     with Allocations(student, teacher) as recorder:
-        gram.blocked(student, teacher, negatives)
+        blocked.gram_distance(student, teacher, negatives)
     assert recorder.largest <= max(tile, p, student.numel())
     assert recorder.largest < p * p * b / 1.8
     with Allocations() as plain:
@@ -142,7 +142,7 @@ def test_blocked_rows_are_normalised_a_few_images_at_a_time(shrink: Callable[[in
     student, teacher = torch.randn(16, 4, 64), torch.randn(16, 4, 512)
     shrink(2 * 4 * (64 + 512))
     with Allocations(student, teacher) as recorder:
-        gram.blocked(student, teacher, "keep")
+        blocked.gram_distance(student, teacher, "keep")
     assert recorder.largest <= max(2 * teacher[0].numel(), student.numel())
 
 

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from rankloss import GramLoss
-from rankloss.kernels import configurations, gram, gram_distance, gram_kernels
-from rankloss.kernels.configurations import GramConfiguration
+from rankloss.kernels import configurations, gram, gram_distance
+from rankloss.kernels.configurations import GramPlan
+from rankloss.kernels.gram_distance import NEGATIVES
 from tests.helpers.sanitizer import WHY_NOT, Report, sanitize
 from tests.helpers.triton_cases import DEVICE, can_run, guarded, interpreted_only
 
 pytestmark = can_run
 
-SMALL = GramConfiguration(rows=16, columns=16)
+SMALL = GramPlan(rows=16, inner=16, columns=16)
 EPS = torch.finfo(torch.float32).eps
-each_negatives = pytest.mark.parametrize("negatives", gram.NEGATIVES)
+each_negatives = pytest.mark.parametrize("negatives", NEGATIVES)
 
 
 @contextmanager
-def using(config: GramConfiguration) -> Iterator[None]:
+def using(config: GramPlan) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configurations, "GRAM", config)
         yield
@@ -47,7 +48,7 @@ def value_and_gradient(
     return value.detach(), d_student
 
 
-def check(student: Tensor, teacher: Tensor, negatives: str, config: GramConfiguration) -> Report:
+def check(student: Tensor, teacher: Tensor, negatives: str, config: GramPlan) -> Report:
     """Values and gradients equal those of float64 up to a few roundings of cosines."""
     with guarded() as report, using(config):
         value, d_student = value_and_gradient(student, teacher, negatives, "triton")
@@ -76,13 +77,33 @@ def test_size(size: tuple[int, int, int, int], negatives: str) -> None:
     report = check(*features(*size), negatives, SMALL)
     if WHY_NOT is None:
         b, p, ds, _ = size
-        assert report.programs == b * -(-p // 16) * -(-ds // 16)
-        assert report.dot_precisions == {"ieee"}
+        assert report.programs == b * -(-p // 16) * (1 + -(-ds // 16))
+        assert report.dot_precisions == {"tf32x3"}
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 64), (32, 16), (64, 64)])
 def test_oblong_and_large_tiles(rows: int, columns: int) -> None:
-    check(*features(2, 70, 40, 90), "clamp_teacher", GramConfiguration(rows, columns))
+    check(*features(2, 70, 40, 90), "clamp_teacher", GramPlan(rows, columns, columns))
+
+
+@each_negatives
+def test_rows_of_an_image_that_is_too_large(
+    negatives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then differences exist for 16 rows at a time; small images, two at a time."""
+    monkeypatch.setattr(gram, "TILE", 40 * 16)
+    check(*features(2, 40, 20, 6), negatives, SMALL)
+    monkeypatch.setattr(gram, "TILE", 2 * 20 * 20)
+    check(*features(3, 20, 20, 6), negatives, SMALL)
+
+
+@interpreted_only
+def test_counted_products_are_within_those_of_two_gram_matrices() -> None:
+    """At most 1.2 times: half of both matrices, and one product for the gradient."""
+    p, ds, dt = 8 * 16, 48, 64
+    with guarded() as report, using(SMALL):
+        value_and_gradient(*features(1, p, ds, dt), "keep", "triton")
+    assert 0 < report.dot_flops <= 1.2 * 2 * p * p * (ds + dt)
 
 
 @each_negatives
@@ -199,11 +220,19 @@ def test_the_last_image_of_a_huge_batch() -> None:
 
     def launch(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         distance, gradient = reserve(len(s), tiles), reserve(*s.shape)
-        constants = {"DS": d, "DT": d, "BI": 16, "BJ": 16, "BD": 16}
-        with sanitize(races=False, first_program=(len(s) - 1) * tiles):
-            gram_kernels.gram_kernel[(tiles, 1)](
-                s, t, distance, gradient, p, NEGATIVES="keep", PRECISION="ieee", **constants
+        differences = torch.zeros(1, p, p)
+        sizes = len(s) - 1, 0, p, p  # of the last image alone
+        constants = {"DS": d, "BI": 16, "BD": 16, "PRECISION": "ieee"}
+        with sanitize(races=False):
+            gram.gram_kernel[(tiles,)](
+                *(s, t, differences, distance),
+                *sizes,
+                DT=d,
+                MIRROR=True,
+                NEGATIVES="keep",
+                **constants,
             )
+            gram.gradient_kernel[(tiles, 1)](differences, s, gradient, *sizes, **constants)
         return distance[-1], gradient[-1]
 
     huge = [reserve(image + 1, p, d) for _ in range(2)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankloss.kernels import first_order_kernels, high_order_kernels
+from rankloss.kernels import first_order, high_order
 from tests.helpers.sanitizer import WHY_NOT, sanitize
 from tests.helpers.triton_cases import Inputs, make_inputs
 
@@ -25,17 +25,8 @@ R, WIDTH, BLOCK = 2, 16, 16
 TILES = 2  # of 16 places, or candidates
 ANCHORS = 2**31 // M + 10**6  # N M is just past 2^31, N K W far
 
-CONSTANTS = {
-    "R": R,
-    "r": 8,
-    "BW": WIDTH,
-    "SPLITS": 1,
-    "BK": BLOCK,
-    "BJ": BLOCK,
-    "RANKED": True,
-    "SKIP": True,
-    "PRECISION": "ieee",
-}
+CONSTANTS = {"W": WIDTH, "BW": WIDTH, "BK": BLOCK, "BJ": BLOCK, "PRECISION": "ieee"}
+P = 32  # places, or candidates, in whole tiles
 
 
 def reserve(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,7 +47,7 @@ def at_the_end(
     launch: Callable[[int], dict[str, Tensor]], programs_per_anchor: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The last rows of what `launch` writes: for ANCHORS anchors, for one."""
-    saved()  # not among the launches that count as the last ones
+    prepared()  # not among the launches that count as the last ones
     with sanitize(races=False, first_program=(ANCHORS - 1) * programs_per_anchor):
         many = launch(ANCHORS)
     with sanitize():
@@ -74,95 +65,182 @@ def problem(order: int) -> Inputs:
     return make_inputs(1, M, K, order, r=8, discount=True)
 
 
-def forward_high_order(x: Inputs, n: int) -> dict[str, Tensor]:
-    out = {
-        "lse": huge(torch.zeros(1, K), n),
-        "nll": huge(torch.zeros(1, TILES), n),
-        "live": huge(torch.zeros(1, TILES, TILES, dtype=torch.int8), n),
-    }
-    high_order_kernels.forward_kernel[(TILES,)](
-        *inputs_of(x, n),
-        x.predecessors,
-        x.keys,
-        x.keys.square().sum((0, 2)).sqrt(),
-        *out.values(),
-        K,
-        M,
-        28.0,
-        **CONSTANTS,
-    )
-    return out
-
-
 def inputs_of(x: Inputs, n: int) -> tuple[Tensor, ...]:
-    """scores, ranking, places, lengths, weights, as kernels take them."""
+    """scores, ranking, places, lengths, weights."""
     places = x.ranking.argsort(1).int()
     rows = (huge(t, n) for t in (x.scores, x.ranking, places))
     return *rows, huge(x.lengths[:, None], n).view(n), x.weights
 
 
-def test_forward() -> None:
-    assert_equal(*at_the_end(lambda n: forward_high_order(problem(R), n), TILES))
-
-
 @lru_cache
-def saved() -> dict[str, Tensor]:
-    """What the forward pass leaves for the backward pass of one anchor."""
-    return forward_high_order(problem(R), 1)
+def prepared() -> dict[str, Tensor]:
+    """Operands of one anchor, its padded weights, and what the forward pass leaves behind."""
+    x = problem(R)
+    out = {
+        "Q": torch.zeros(1, P, WIDTH),
+        "C": torch.zeros(1, P, WIDTH),
+        "S": torch.zeros(1, P),
+    }
+    prepare(x, x.scores, x.ranking, out, first=0, programs=1)
+    out["weights"] = torch.nn.functional.pad(x.weights, (0, P - K))
+    rest = torch.full((1, P), -torch.inf)
+    rest[:, :M] = x.scores
+    out["rest_scores"], out["rest_keys"] = rest, out["C"][0].clone()
+    made = forward(x, out, 1, ranked=True)
+    return out | made
 
 
-def backward_inputs(x: Inputs, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What backward kernels take before and after the upstream gradient."""
-    tables = x.predecessors, x.keys, huge(saved()["lse"], n), huge(saved()["live"], n)
-    return inputs_of(x, n), tables
+def prepare(
+    x: Inputs, scores: Tensor, ranking: Tensor, out: dict[str, Tensor], *, first: int, programs: int
+) -> None:
+    high_order.prepare_kernel[(programs, 1)](
+        scores,
+        ranking,
+        x.predecessors,
+        x.keys,
+        *out.values(),
+        first,
+        first,
+        K,
+        M,
+        M,
+        P,
+        P,
+        R=R,
+        r=8,
+        W=WIDTH,
+        BW=WIDTH,
+        BP=P,
+    )
 
 
-@pytest.mark.parametrize("in_one_chunk", [True, False])
-def test_backward_queries(in_one_chunk: bool) -> None:
-    """Either the place within the chunk is huge, or the anchor at which the chunk starts."""
+def operands(n: int, *names: str) -> list[Tensor]:
+    return [huge(prepared()[name], n) if n > 1 else prepared()[name] for name in names]
+
+
+chunks = pytest.mark.parametrize("in_one_chunk", [True, False])
+"""Either the row within the chunk is huge, or the anchor at which the chunk starts."""
+
+
+def where(n: int, in_one_chunk: bool) -> tuple[int, int]:
+    """Rows of the chunk's buffers, and its first anchor."""
+    return (n, 0) if in_one_chunk else (1, n - 1)
+
+
+@chunks
+def test_prepare(in_one_chunk: bool) -> None:
+    x = problem(R)
 
     def launch(n: int) -> dict[str, Tensor]:
-        before, after = backward_inputs(problem(R), n)
-        rows, first = (n, 0) if in_one_chunk else (1, n - 1)
-        d_queries = huge(torch.zeros(1, K, WIDTH), rows)
-        high_order_kernels.backward_queries_kernel[(TILES, 1)](
-            *before, *after, d_queries, first, K, M, **CONSTANTS
-        )
-        return {"d_queries": d_queries}
+        rows, first = where(n, in_one_chunk)
+        scores, ranking, *_ = inputs_of(x, n)
+        out = {
+            "Q": huge(torch.zeros(1, P, WIDTH), rows),
+            "C": huge(torch.zeros(1, P, WIDTH), rows),
+            "S": huge(torch.zeros(1, P), rows),
+        }
+        prepare(x, scores, ranking, out, first=first, programs=1)
+        return out
+
+    assert_equal(*at_the_end(launch, 1 if in_one_chunk else 0))
+
+
+def forward(
+    x: Inputs, given: dict[str, Tensor], n: int, *, ranked: bool, in_one_chunk: bool = True
+) -> dict[str, Tensor]:
+    rows, first = where(n, in_one_chunk)
+    out = {
+        "nll": huge(torch.zeros(1, TILES), n),
+        "shifted": huge(torch.zeros(1, P), rows),
+        "dQ": huge(torch.zeros(1, P, WIDTH), rows),
+    }
+    high_order.forward_kernel[(TILES, 1)](
+        *(huge(given[name], rows) for name in ("Q", "C", "S")),
+        given["rest_keys"],
+        huge(given["rest_scores"], rows),
+        inputs_of(x, n)[3],
+        given["weights"],
+        *out.values(),
+        first,
+        P,
+        P,
+        P,
+        RANKED=ranked,
+        GRAD=True,
+        **CONSTANTS,
+    )
+    return out
+
+
+@chunks
+@pytest.mark.parametrize("ranked", [True, False])
+def test_forward(ranked: bool, in_one_chunk: bool) -> None:
+    def launch(n: int) -> dict[str, Tensor]:
+        return forward(problem(R), prepared(), n, ranked=ranked, in_one_chunk=in_one_chunk)
 
     assert_equal(*at_the_end(launch, TILES if in_one_chunk else 0))
 
 
-@pytest.mark.parametrize("in_one_chunk", [True, False])
-def test_backward_keys(in_one_chunk: bool) -> None:
+@chunks
+def test_backward(in_one_chunk: bool) -> None:
+    x = problem(R)
+
     def launch(n: int) -> dict[str, Tensor]:
-        before, after = backward_inputs(problem(R), n)
-        rows, first = (n, 0) if in_one_chunk else (1, n - 1)
-        out = huge(torch.zeros(1, M), n), huge(torch.zeros(1, M, WIDTH), rows)
-        grad = huge(torch.ones(1, 1), n).view(n)
-        high_order_kernels.backward_keys_kernel[(TILES, 1)](
-            *before, grad, *after, *out, first, K, M, **CONSTANTS
+        rows, first = where(n, in_one_chunk)
+        _, ranking, _, lengths, _ = inputs_of(x, n)
+        out = huge(torch.zeros(1, M), n), huge(torch.zeros(1, P, WIDTH), rows)
+        high_order.backward_kernel[(TILES, 1)](
+            *operands(rows, "Q", "C", "S"),
+            ranking,
+            lengths,
+            prepared()["weights"],
+            huge(torch.ones(1, 1), n).view(n),
+            *operands(rows, "shifted"),
+            *out,
+            first,
+            first,
+            M,
+            M,
+            P,
+            P,
+            **CONSTANTS,
         )
         return {"d_scores": out[0], "d_keys": out[1]}
 
     assert_equal(*at_the_end(launch, TILES if in_one_chunk else 0))
 
 
-def collect(ranking: Tensor, places: Tensor, *rest: Any, candidates: int, programs: int) -> None:
-    """`rest`: grad, predecessors, buffers, tables of gradients, first anchor, anchors."""
-    high_order_kernels.collect_kernel[(programs, 2)](
-        ranking,
-        places,
-        *rest,
-        candidates,
-        candidates,
-        R=R,
-        r=8,
-        W=WIDTH,
-        BR=8,
-        BN=8,
-        BA=16,
-        RANKED=True,
+def test_backward_of_the_rest() -> None:
+    x = problem(R)
+
+    def launch(n: int) -> dict[str, Tensor]:
+        d_scores, d_rest = huge(torch.zeros(1, M), n), torch.zeros(1, P, WIDTH)
+        high_order.backward_rest_kernel[(TILES, 1, 1)](
+            *operands(1, "Q", "rest_keys", "rest_scores"),
+            inputs_of(x, n)[3],
+            huge(torch.ones(1, 1), n).view(n),
+            *operands(1, "shifted"),
+            d_scores,
+            d_rest,
+            n - 1,
+            1,
+            1,
+            M,
+            P,
+            P,
+            **CONSTANTS,
+        )
+        return {"d_scores": d_scores, "d_rest": d_rest}
+
+    assert_equal(*at_the_end(launch, 0))
+
+
+def collect(
+    ranking: Tensor, places: Tensor, *rest: Any, m: int, padded: int, programs: int
+) -> None:
+    """`rest`: grad, predecessors, dQ, dC, tables of gradients, first anchor, its row, anchors."""
+    high_order.collect_kernel[(programs, 2)](
+        ranking, places, *rest, m, m, m, padded, padded, R=R, r=8, W=WIDTH, BR=8, BN=8, BA=16
     )
 
 
@@ -175,12 +253,10 @@ def test_collect_from_the_last_anchors() -> None:
         _, ranking, places, _, _ = inputs_of(x, n)
         grad = huge(torch.ones(1, 1), n).view(n)
         generator = torch.Generator().manual_seed(0)
-        buffers = [huge(torch.randn(1, M, WIDTH, generator=generator), chunk) for _ in range(2)]
+        buffers = [huge(torch.randn(1, P, WIDTH, generator=generator), chunk) for _ in range(2)]
         out = torch.zeros(1, M, 8), torch.zeros(1, M, 8)
-        where = n - chunk, chunk
-        collect(
-            ranking, places, grad, x.predecessors, *buffers, *out, *where, candidates=M, programs=2
-        )
+        rest = grad, x.predecessors, *buffers, *out, n - chunk, n - chunk, chunk
+        collect(ranking, places[-chunk:], *rest, m=M, padded=P, programs=2)
         return {"d_predecessors": out[0], "d_keys": out[1]}
 
     assert_equal(*at_the_end(launch, 0))
@@ -193,26 +269,15 @@ def test_collect_from_a_huge_buffer() -> None:
     last = torch.arange(m - 16, m)
     ranking = reserve(anchors, m, dtype=torch.int64)
     places = reserve(anchors, m, dtype=torch.int32)
-    d_queries, d_keys = (reserve(anchors, m, WIDTH) for _ in range(2))
+    dQ, dC = (reserve(anchors, m, WIDTH) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 16, WIDTH, generator=generator)
     ranking[-1, -16:], places[-1, -16:] = last, last.int()
-    d_queries[-1, -16:], d_keys[-1, -16:] = values
+    dQ[-1, -16:], dC[-1, -16:] = values
     out = reserve(1, m, 8), reserve(1, m, 8)
+    rest = torch.ones(anchors), reserve(1, m, 8), dQ, dC, *out, 0, 0, anchors
     with sanitize(races=False, first_program=m // 16 - 1):
-        collect(
-            ranking,
-            places,
-            torch.ones(anchors),
-            reserve(1, m, 8),
-            d_queries,
-            d_keys,
-            *out,
-            0,
-            anchors,
-            candidates=m,
-            programs=1,
-        )
+        collect(ranking, places, *rest, m=m, padded=m, programs=1)
     assert torch.equal(out[1][0, -16:], values[1, :, :8])
     assert torch.equal(out[0][0, -16:-1], values[0, 1:, :8])  # of the place after one's own
 
@@ -224,11 +289,11 @@ def test_first_order() -> None:
         out = {"lse": huge(torch.zeros(1, K), n), "nll": huge(torch.zeros(1, 1), n)}
         constants: dict[str, Any] = {"B": 32, "COMPLETE": True}
         scores, ranking, places, lengths, weights = inputs_of(x, n)
-        first_order_kernels.forward_kernel[(1,)](
+        first_order.forward_kernel[(1,)](
             scores, ranking, places, lengths, weights, *out.values(), K, M, **constants
         )
         out["d_scores"] = huge(torch.zeros(1, M), n)
-        first_order_kernels.backward_kernel[(1,)](
+        first_order.backward_kernel[(1,)](
             huge(torch.ones(1, 1), n),
             scores,
             ranking,

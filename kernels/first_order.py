@@ -1,9 +1,20 @@
-"""Triton device code of order 1, launched by `first_order_triton.py`."""
+"""The likelihood of order 1 in Triton: scans over ranked scores, one pass each way.
 
+Without transitions the remaining mass of place k is a suffix sum, sum over j >= k of exp(s_j),
+and the gradient a prefix sum, exp(s_j) * sum over k <= j of w_k exp(-lse_k). Both run as scans of
+(maximum, scaled sum) pairs: no difference of sums anywhere, so nothing cancels at any scale.
+Candidates outside the ranking (K < M) enter both as one total. One program owns one anchor.
+"""
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rankloss.kernels.tiles import LOG2E
+from rankloss.kernels.launch import on_device_of
+from rankloss.kernels.signature import Lists
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 _SIZES = ["K", "M"]
 
@@ -103,3 +114,77 @@ def backward_kernel(
             s = tl.load(scores + i * M + d, mask=(d < M) & unranked, other=float("-inf")) * LOG2E
             out = tl.exp2(s + top) * total * upstream
             tl.store(d_scores + i * M + d, out, mask=(d < M) & unranked)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def nll(x: Lists) -> Tensor:
+    """sum_k w_k l_ik, (N,)."""
+    return _forward(x, _places(x))[0]
+
+
+def nll_and_gradients(upstream: Tensor, x: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the gradients of sum_i upstream_i nll_i; those of the tables are empty."""
+    places = _places(x)
+    value, lse = _forward(x, places)
+    d_scores = torch.empty_like(x.scores)
+    if x.scores.numel():
+        with on_device_of(x.scores):
+            backward_kernel[(len(value),)](
+                upstream,
+                x.scores,
+                x.ranking,
+                places,
+                x.weights,
+                lse,
+                d_scores,
+                *_sizes(x),
+                **_constants(x),
+            )
+    tables = (torch.empty_like(t, dtype=lse.dtype) for t in (x.predecessors, x.keys))
+    d_predecessors, d_keys = tables
+    return value, d_scores, d_predecessors, d_keys
+
+
+def _forward(x: Lists, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and log-sum-exps (N, K) in binary orders."""
+    value, lse = x.scores.new_empty(len(x.scores)), x.scores.new_empty(x.ranking.shape)
+    if x.scores.numel():
+        with on_device_of(x.scores):
+            forward_kernel[(len(value),)](
+                x.scores,
+                x.ranking,
+                places,
+                x.lengths,
+                x.weights,
+                lse,
+                value,
+                *_sizes(x),
+                **_constants(x),
+            )
+    return value.zero_() if x.scores.shape[1] == 0 else value, lse
+
+
+def _sizes(x: Lists) -> tuple[int, int]:
+    return x.ranking.shape[1], x.scores.shape[1]
+
+
+def _constants(x: Lists) -> dict[str, int | bool]:
+    k, m = _sizes(x)
+    return {"B": _block(k), "COMPLETE": k == m}
+
+
+def _block(k: int) -> int:
+    """Elements of a row scanned at a time."""
+    return max(16, min(1024, 1 << (k - 1).bit_length()))
+
+
+def _places(x: Lists) -> Tensor:
+    """(N, M) int32 place of every candidate, K where it has none; empty when all have one."""
+    k, m = _sizes(x)
+    if k == m:
+        return x.ranking.new_empty(0, dtype=torch.int32)
+    place = torch.arange(k, dtype=torch.int32, device=x.ranking.device)
+    places = torch.full(x.scores.shape, k, dtype=torch.int32, device=x.ranking.device)
+    return places.scatter_(1, x.ranking.long(), place.expand(x.ranking.shape))

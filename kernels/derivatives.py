@@ -1,0 +1,65 @@
+"""How the streaming ops differentiate: gradients made ahead, and what they refuse."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REMEDY = "use impl='reference'"
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Apply `function`, so that forward-mode differentiation is refused with the remedy.
+
+    torch.compile traces no Function with a `jvp`; compiled, PyTorch's own error has to do.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return _refusing_forward_mode(function).apply(*args)
+
+
+@functools.cache
+def _refusing_forward_mode(function: type[torch.autograd.Function]) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "the streaming implementations have no forward mode, nor Hessians, which use it; "
+            f"{REMEDY} to differentiate forward"
+        )
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+
+
+class Refusing(torch.autograd.Function):
+    """Base of functions whose results are gradients, which have none themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"the streaming implementations have no second derivative; {REMEDY} to "
+            "differentiate twice"
+        )
+
+
+class Scaled(Refusing):
+    """A gradient made ahead times what comes from above, in a new tensor of a given dtype.
+
+    `link` is an empty part of the input that the gradient belongs to: differentiating the result
+    is refused, without the input being kept.
+    """
+
+    @staticmethod
+    def forward(grad: Tensor, gradient: Tensor, link: Tensor) -> Tensor:
+        missing = gradient.dim() - grad.dim()
+        return (grad.view(*grad.shape, *(1,) * missing) * gradient).to(link.dtype)
+
+
+def link_to(tensor: Tensor) -> Tensor:
+    """An empty tensor that carries the autograd history of `tensor`, not its memory."""
+    return tensor.flatten()[:0].clone()
