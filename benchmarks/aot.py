@@ -1,8 +1,10 @@
-"""Compile every kernel for GPUs that need not be here, and print what it takes there.
+"""Compile every kernel for GPUs that need not be here, and count what it costs there.
 
-Registers, spills, shared memory, tensor-core instructions and atomics, read off PTX and machine
-code by tools that come with Triton. Exit code 1 when a kernel spills, exceeds its architecture's
-shared memory, uses atomics, misses tensor cores it should use, or multiplies sizes in 32 bits.
+One row a kernel and target: registers, spills, shared memory, programs that fit on one
+multiprocessor, and for the streaming passes the issue slots, exponentials and tensor flops that
+their interior loop spends on a score (one entry of a tile of places x candidates). Exit code 1
+when a kernel spills, exceeds shared memory, uses atomics, misses the tensor cores, multiplies
+sizes in 32 bits, or costs more than its budget.
 """
 
 import argparse
@@ -12,29 +14,274 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.aot_binary import SHARED_LIMITS, Resources, compile_and_read
+import torch
+
+from benchmarks.binaries import SHARED_LIMITS, Binary, read
+from benchmarks.launches import Launch, recorded
 from benchmarks.output import write_whole
 from rankloss.kernels.dispatch import OLDEST_TRITON
 
+if TYPE_CHECKING:
+    from rankloss.kernels.configurations import Plan
+
 NEWEST = (3, 9)  # version of Triton this was run with
-COLUMNS = ("registers", "spills", "shared", "matrix", "atomics", "narrow")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PASSES = {
+    "backward_rest": "backward",
+    "gram": "forward",
+    "gradient": "backward",
+}  # the others are named after theirs
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one cell takes, or the error its compilation ended with."""
+class Cell:
+    """One problem for one target: tables' dtype, order and r, and the walk."""
 
-    architecture: str
-    name: str
-    resources: Resources | None
-    faults: tuple[str, ...]
-    seconds: float
+    target: str
+    dtype: str = "bf16"
+    order: int = 3
+    r: int = 32
+    walk: str = "ranked"  # or "natural", with K << M; at order 1: all places, or some
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel takes; see the module's docstring."""
+
+    kernel: str
+    # "pass" in the file
+    stage: str
+    target: str
+    dtype: str
+    width: int
+    walk: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    programs: int
+    matrix: int
+    atomics: int
+    narrow_products: int
+    slots_per_score: float | None
+    exp2_per_score: float | None
+    tensor_flops_per_score: float | None
+
+    def costs(self) -> tuple[float, float, float]:
+        """Slots, exponentials and flops a score, 0 where there is no interior loop."""
+        return (
+            self.slots_per_score or 0.0,
+            self.exp2_per_score or 0.0,
+            self.tensor_flops_per_score or 0.0,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["pass"] = content.pop("stage")
+        return content
+
+
+# ---------------------------------------------------------------- budgets
+
+# (pass, width, dtype): most slots a score on sm_90; the natural walk may have 1.3 times as many
+SLOTS = {
+    ("forward", 64, "bf16"): 9.0,
+    ("backward", 64, "bf16"): 8.0,
+    ("forward", 128, "bf16"): 12.0,
+    ("backward", 128, "bf16"): 10.0,
+    ("forward", 64, "fp32"): 38.0,  # 70 together
+    ("backward", 64, "fp32"): 32.0,
+}
+EXPONENTIALS = 1.1  # a score, in each pass
+TENSOR_FLOPS = {"forward": 4.2, "backward": 4.2}  # a score and column: 540 in all at W = 64
+NATURAL = 1.3
+
+
+def faults(row: Row) -> Iterator[str]:
+    """What is wrong with a kernel on its target."""
+    limit = SHARED_LIMITS[row.target]
+    if row.spills:
+        yield f"{row.spills} spills"
+    if row.shared > limit:
+        yield f"{row.shared} bytes of shared memory, {limit} at most"
+    if row.atomics:
+        yield f"{row.atomics} atomics"
+    if row.narrow_products:
+        yield f"{row.narrow_products} products of sizes in 32 bits"
+    if row.slots_per_score is not None:
+        yield from _over_budget(row)
+    if row.stage in PASSES_OF_LISTS and not row.kernel.startswith("first_order") and not row.matrix:
+        yield "no tensor-core instruction"
+
+
+def _over_budget(row: Row) -> Iterator[str]:
+    slots, exponentials, flops = row.costs()
+    if row.programs < 2 and row.stages < 3:
+        yield "one program a multiprocessor, not pipelined"
+    most = SLOTS.get((row.stage, row.width, row.dtype))
+    if most is None or row.target != "sm_90":
+        return
+    most *= NATURAL if row.walk == "natural" else 1
+    if slots > most:
+        yield f"{slots:.1f} slots a score, {most:.1f} at most"
+    if exponentials > EXPONENTIALS:
+        yield f"{exponentials:.2f} exponentials a score, {EXPONENTIALS} at most"
+    # three products of parts for one of float32; blocks of columns repeat the first product
+    need = TENSOR_FLOPS[row.stage] * row.width * (3 if row.dtype == "fp32" else 1)
+    if not 0 < flops <= need:
+        yield f"{flops:.0f} tensor flops a score, {need:.0f} at most"
+
+
+# ---------------------------------------------------------------- rows
+
+
+def launches_of(cell: Cell, module: ModuleType | None = None) -> list[Launch]:
+    """The launches of a value with its gradients; `module` replaces the high-order kernels."""
+    from rankloss.kernels import first_order, gram, high_order
+    from rankloss.kernels.signature import Lists
+
+    dtype, n = DTYPES[cell.dtype], 8
+    m, k = (1024, 1024) if cell.walk == "ranked" else (4096, 256)
+    kernels = first_order if cell.order == 1 else module or high_order
+    with recorded(kernels, gram, architecture=cell.target) as launches, torch.device("meta"):
+        if cell.order == 0:
+            gram.distance_and_gradient(torch.empty(2, 256, 192), torch.empty(2, 256, 256), "clamp")
+            return launches
+        x = Lists(
+            torch.empty(n, m),
+            torch.empty(n, k, dtype=torch.int64),
+            torch.empty(n, dtype=torch.int64),
+            torch.empty(k),
+            torch.empty(cell.order * (cell.order - 1) // 2, m, cell.r, dtype=dtype),
+            torch.empty(cell.order - 1, m, cell.r, dtype=dtype),
+        )
+        kernels.nll_and_gradients(torch.empty(n), x)
+    return launches
+
+
+def examine(
+    work: tuple[Cell, str], plan: "Plan | None" = None, module: ModuleType | None = None
+) -> Row:
+    """Compile one kernel of a cell and read its binary."""
+    from contextlib import nullcontext
+
+    from rankloss.kernels.configurations import using
+
+    cell, name = work
+    with using(plan) if plan else nullcontext():
+        launch = next(x for x in launches_of(cell, module) if x.name == name)
+    warps = launch.options["num_warps"]
+    return _row(cell, launch, read(_compiled(launch, cell.target), cell.target, warps))
+
+
+def _compiled(launch: Launch, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    names = launch.kernel.arg_names
+    types = launch.signature()
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.multiples_of_16()}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of its own making
+        return triton.compile(source, target=gpu, options=launch.options)
+
+
+def _row(cell: Cell, launch: Launch, binary: Binary) -> Row:
+    constants, options = launch.constants, launch.options
+    module = launch.kernel.fn.__module__.rpartition(".")[2]
+    warps = options["num_warps"]
+    places, candidates = constants.get("BK", 0), constants.get("BJ", 0)
+    costs: tuple[float | None, ...] = (None, None, None)
+    loops = [x for x in binary.loops if x.exponentials and x.flops]
+    if loops and places:
+        scores = places * candidates
+        loop = min(loops, key=lambda x: x.slots)  # the others mask a diagonal, or are as bare
+        lanes = 32 * warps / scores
+        costs = loop.slots * lanes, loop.exponentials * lanes, loop.flops / scores
+    return Row(
+        f"{module}.{launch.name}",
+        PASSES.get(launch.name, launch.name),
+        cell.target,
+        cell.dtype if cell.order > 1 else "fp32",
+        constants.get("W", 0),
+        cell.walk,
+        f"{places}x{candidates}" if places else "",
+        warps,
+        options["num_stages"],
+        binary.registers,
+        binary.spills,
+        binary.shared,
+        _programs(cell.target, binary, warps),
+        binary.matrix,
+        binary.atomics,
+        binary.narrow_products,
+        *costs,
+    )
+
+
+def _programs(target: str, binary: Binary, warps: int) -> int:
+    """That fit on one multiprocessor (AMD: compute unit) by registers and shared memory."""
+    memory = binary.shared + (0 if target.startswith("gfx") else 1024)
+    by_memory = (SHARED_LIMITS[target] + 1024) // max(memory, 1)
+    granted = -(-max(binary.registers, 1) // 8) * 8
+    if target.startswith("gfx"):
+        return min(by_memory, 4 * min(8, 512 // granted) // warps)
+    return min(by_memory, 65536 // (granted * 32 * warps), 64 // warps, 32)
+
+
+# ---------------------------------------------------------------- what is compiled
+
+
+def default_work() -> list[tuple[Cell, str]]:
+    """The budgeted kernels, and the rest of them once on every target."""
+    work = [(Cell(target), name) for target in SHARED_LIMITS for name in PASSES_OF_LISTS]
+    work += [(Cell("sm_90"), "prepare"), (Cell("sm_90"), "collect")]
+    natural = Cell("sm_90", walk="natural")
+    work += [(natural, "forward"), (natural, "backward_rest")]
+    for cell in (Cell("sm_90", order=3, r=64), Cell("sm_90", "fp32")):
+        work += [(cell, name) for name in PASSES_OF_LISTS]
+    work += [(Cell("sm_90", order=1), name) for name in PASSES_OF_LISTS]
+    return [*work, *((Cell("sm_90", order=0), name) for name in ("gram", "gradient"))]
+
+
+PASSES_OF_LISTS = ("forward", "backward")
+
+
+def full_work() -> list[tuple[Cell, str]]:
+    """Every dtype, target and walk; narrow, usual and wide tables, at the depth they need."""
+    work: list[tuple[Cell, str]] = []
+    for target in SHARED_LIMITS:
+        cells = [Cell(target, order=0)]
+        for walk in ("ranked", "natural"):
+            cells.append(Cell(target, order=1, walk=walk))
+            for dtype in DTYPES:
+                for order, r in ((2, 8), (3, 20), (3, 32), (3, 64), (4, 32), (5, 128)):
+                    cells.append(Cell(target, dtype, order, r, walk))
+        for cell in cells:
+            work += [(cell, x.name) for x in launches_of(cell)]
+    return list(dict.fromkeys(work))
+
+
+# ---------------------------------------------------------------- command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +289,7 @@ def main(arguments: Sequence[str]) -> int:
     if os.environ.get("TRITON_INTERPRET"):  # then kernels are Python functions: start afresh
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "benchmarks", "aot", *arguments]
-        return subprocess.run(command, env=environment).returncode
+        return subprocess.run(command, env=environment, check=False).returncode
     reason = why_not_supported()
     if reason is not None:
         print(f"cannot compile ahead of time: {reason}")
@@ -52,13 +299,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="every kernel once on every target")
-    size.add_argument("--full", action="store_true", help="all orders, widths and walks: hours")
     add = parser.add_argument
-    add("--targets", nargs="+", choices=list(SHARED_LIMITS), default=list(SHARED_LIMITS))
+    add("--full", action="store_true", help="all dtypes, widths and walks: minutes")
     add("--processes", type=int, default=min(4, os.cpu_count() or 1), help="compile side by side")
-    add("--json", type=Path, metavar="FILE", help="write all of it there")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
     return parser
 
 
@@ -75,87 +319,46 @@ def why_not_supported() -> str | None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import triton
-
-    from benchmarks.aot_cells import default_grid, full_grid, quick_grid
-
-    grid = quick_grid if options.quick else full_grid if options.full else default_grid
-    cells = list(dict.fromkeys(cell for cell in grid() if cell.architecture in options.targets))
-    print(f"triton {triton.__version__}, {len(cells)} kernels, {options.processes} processes")
-    print(f"{'':60} " + " ".join(f"{column:>9}" for column in COLUMNS))
-    findings = []
-    start = time.perf_counter()
-    for finding in examine_all(cells, options.processes):
-        findings.append(finding)
-        print(line(finding), flush=True)
-        if sys.stderr.isatty():
-            done = f"{len(findings)} of {len(cells)}, {time.perf_counter() - start:.0f} s"
-            print(done, end="\r", file=sys.stderr, flush=True)
-    faulty = [finding for finding in findings if finding.faults]
-    print(summary(findings, time.perf_counter() - start))
+    work = full_work() if options.full else default_work()
+    start, rows, failed = time.perf_counter(), [], 0
+    for (cell, name), found in zip(work, examine_all(work, options.processes), strict=True):
+        if isinstance(found, str):
+            print(f"{cell} {name}: FAILED {found}")
+            failed += 1
+            continue
+        wrong = list(faults(found))
+        failed += bool(wrong)
+        rows.append(found)
+        print(line(found) + (f"  FAULT: {', '.join(wrong)}" if wrong else ""), flush=True)
+    print(f"{len(work)} kernels in {time.perf_counter() - start:.0f} s, {failed} with faults")
     if options.json:
-        content = {"triton": triton.__version__, "kernels": [asdict(x) for x in findings]}
-        write_whole(options.json, json.dumps(content, indent=1) + "\n")
-    return 1 if faulty else 0
+        write_whole(options.json, json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    return 1 if failed else 0
 
 
-def examine_all(cells: Sequence[Any], processes: int) -> Iterator[Finding]:
+def examine_all(work: Sequence[tuple[Cell, str]], processes: int) -> Iterator[Row | str]:
+    """Rows, or what went wrong, in the order of the work."""
     if processes == 1:
-        yield from map(examine, cells)
+        yield from map(_examine_safely, work)
         return
     context = multiprocessing.get_context("spawn")  # the compiler's threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(examine, cells)
+        yield from pool.map(partial(_examine_safely), work)
 
 
-def examine(cell: Any) -> Finding:
-    from benchmarks.aot_cells import source
-
-    start = time.perf_counter()
+def _examine_safely(work: tuple[Cell, str]) -> Row | str:
     try:
-        resources = compile_and_read(source(cell), cell.architecture)
+        return examine(work)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".strip().splitlines()
-        failed = (f"does not compile: {text[0][:200]}",)
-        return Finding(cell.architecture, cell.name, None, failed, time.perf_counter() - start)
-    faults = tuple(faults_of(resources, cell.architecture, cell.needs_matrix_units))
-    return Finding(cell.architecture, cell.name, resources, faults, time.perf_counter() - start)
+        message = str(error).strip() or "no message"
+        return f"{type(error).__name__}: {message.splitlines()[0][:200]}"
 
 
-def faults_of(found: Resources, architecture: str, needs_matrix_units: bool) -> Iterator[str]:
-    limit = SHARED_LIMITS[architecture]
-    if found.spills:
-        yield f"{found.spills} spills"
-    if found.shared > limit:
-        yield f"{found.shared} bytes of shared memory, {limit} at most"
-    if found.atomics:
-        yield f"{found.atomics} atomics"
-    if needs_matrix_units and not found.matrix:
-        yield "no tensor-core instruction"
-    if found.narrow_products:
-        yield f"{found.narrow_products} products of sizes in 32 bits"
-
-
-def line(finding: Finding) -> str:
-    head = f"{finding.architecture:7} {finding.name:52} "
-    if finding.resources is None:
-        return f"{head} FAILED: {finding.faults[0]}"
-    numbers = " ".join(f"{value:9}" for value in asdict(finding.resources).values())
-    return f"{head} {numbers}" + (f"  FAULT: {', '.join(finding.faults)}" if finding.faults else "")
-
-
-def summary(findings: Sequence[Finding], seconds: float) -> str:
-    """The worst of every architecture."""
-    lines = [f"worst of {len(findings)} kernels in {seconds:.0f} s, and shared memory's limit"]
-    for architecture in dict.fromkeys(finding.architecture for finding in findings):
-        own = [x for x in findings if x.architecture == architecture]
-        read = [x.resources for x in own if x.resources]
-        if not read:
-            continue
-        lines.append(
-            f"  {architecture:7} registers {max(x.registers for x in read)}, "
-            f"spills {max(x.spills for x in read)}, "
-            f"shared {max(x.shared for x in read)} of {SHARED_LIMITS[architecture]}, "
-            f"atomics {max(x.atomics for x in read)}, faults {sum(bool(x.faults) for x in own)}"
-        )
-    return "\n".join(lines)
+def line(row: Row) -> str:
+    costs = row.slots_per_score, row.exp2_per_score, row.tensor_flops_per_score
+    text = " ".join("      -" if x is None else f"{x:7.2f}" for x in costs)
+    return (
+        f"{row.target:7} {row.kernel:25} {row.dtype} W={row.width:<3} {row.walk:7} {row.tile:>7} "
+        f"{row.warps} warps {row.stages} stages {row.registers:4} reg {row.spills:3} spills "
+        f"{row.shared:6} B {row.programs:2} programs {text}"
+    )

@@ -79,53 +79,34 @@ def remaining_scores(case: Case) -> int:
 class Sizes:
     """Shapes by use, so that a dry run is the same code on small ones."""
 
-    orders: tuple[int, ...]  # of the timed cases, the most wanted first; 0 comes before them
-    checks: tuple[tuple[int, int, int], ...]  # N, K, M
-    spot: tuple[int, int]  # N = K = M, and how many anchors are compared
-    squares: tuple[int, ...]
-    wide: tuple[tuple[int, int, int], ...]
-    pairs: tuple[int, ...]  # of order 0
-    targets: tuple[int, int]  # the squares that promises are made for
+    checks: tuple[Case, ...]
+    kernels: tuple[Case, ...]  # timed kernel by kernel
+    losses: tuple[Case, ...]  # timed against peers
     ceiling: int  # side of the measured matrix product
-
-    def promised(self) -> list[tuple[Case, bool]]:
-        """Cases that promises are made for, and whether they are peaked."""
-        found = [
-            (square_case(3, size), peaked) for size in self.targets for peaked in (False, True)
-        ]
-        return [
-            *found,
-            (square_case(1, self.targets[1]), False),
-            (square_case(0, self.pairs[-1]), False),
-        ]
-
-    def others(self) -> list[tuple[Case, bool]]:
-        cases = [square_case(0, size) for size in reversed(self.pairs)]
-        for order in self.orders:
-            cases += [square_case(order, size) for size in reversed(self.squares)]
-            cases += [Case(order, *shape) for shape in self.wide]
-        promised = self.promised()
-        return [(case, False) for case in cases if (case, False) not in promised]
 
 
 REAL = Sizes(
-    orders=(3, 1, 2, 4),
-    checks=((256, 256, 256), (1024, 1024, 1024), (256, 64, 1024), (128, 10, 1000), (65, 333, 500)),
-    spot=(4096, 8),
-    squares=(256, 512, 1024, 2048, 4096),
-    wide=tuple((4096, k, m) for m in (4096, 32768) for k in (64, 256)),
-    pairs=(256, 512, 1024, 2048, 4096, 65536),
-    targets=(1024, 4096),
+    checks=(
+        *(Case(order, 256, 256, 256) for order in (3, 1, 2, 4)),
+        Case(3, 256, 64, 1024),
+        Case(3, 65, 333, 500),
+        Case(3, 128, 10, 1000),
+        Case(5, 64, 300, 300, r=128),
+    ),
+    kernels=(square_case(3, 1024), square_case(3, 4096), Case(3, 512, 256, 4096)),
+    losses=(
+        *(square_case(3, size) for size in (1024, 4096, 512)),
+        Case(3, 512, 256, 4096),
+        square_case(1, 4096),
+        square_case(0, 4096),
+        square_case(0, 65536),
+    ),
     ceiling=8192,
 )
 DRY = Sizes(  # the interpreter takes a second for four anchors
-    orders=(3, 1, 2),
-    checks=((2, 3, 24),),
-    spot=(3, 1),
-    squares=(),
-    wide=((2, 3, 24),),
-    pairs=(16,),
-    targets=(2, 3),
+    checks=(Case(3, 2, 3, 24), Case(1, 2, 3, 3), Case(4, 2, 8, 8)),
+    kernels=(square_case(3, 3),),
+    losses=(square_case(3, 2), square_case(1, 3), square_case(0, 16)),
     ceiling=64,
 )
 

@@ -17,15 +17,11 @@ from benchmarks.gpu_problems import Problem
 from benchmarks.providers import OURS, Loss, Unavailable, first_line
 
 Build = Callable[[Problem], Loss]
-DENSE, NAIVE, COMPILED, FLEX = f"{OURS} dense", "naive", "naive compiled", "FlexAttention"
-LIST_MLE, COMPILED_LIST_MLE = "list_mle", "list_mle compiled"
-OPEN_CLIP, LINEAR, CUT, INF_CL = "open_clip", "linear_cross_entropy", "cut-cross-entropy", "Inf-CL"
-FAST = (OURS, DENSE, LIST_MLE, NAIVE, OPEN_CLIP, LINEAR, CUT, INF_CL)
-SLOW = (FLEX, COMPILED, COMPILED_LIST_MLE)
-"""Providers whose first call is soon done, and those that compile for many seconds."""
-NAIVE_BYTES = {NAIVE: 22.0, COMPILED: 12.0, FLEX: 0.0}
-"""Bytes of memory for each of N x K x M scores, to foresee what cannot fit; guesses, upwards."""
-CLIP_BYTES = {OPEN_CLIP: 20.0, NAIVE: 20.0, COMPILED: 16.0}  # the same for N x M logits
+NAIVE, COMPILED, FLEX = "naive", "naive compiled", "FlexAttention"
+LIST_MLE, OPEN_CLIP = "list_mle", "open_clip"
+LINEAR, CUT, INF_CL = "linear_cross_entropy", "cut-cross-entropy", "Inf-CL"
+BYTES = {NAIVE: 22.0, COMPILED: 12.0, OPEN_CLIP: 20.0}
+"""Memory for each of N x K x M scores (order 0: N x M logits), to foresee what cannot fit."""
 
 
 def providers(case: Case, *, compiles: bool) -> dict[str, Build]:
@@ -34,29 +30,23 @@ def providers(case: Case, *, compiles: bool) -> dict[str, Build]:
         return {
             OURS: build_clip,
             OPEN_CLIP: build_open_clip,
-            NAIVE: build_naive_clip,
             COMPILED: partial(build_compiled, build=build_naive_clip, real=compiles),
             LINEAR: build_linear_cross_entropy,
             CUT: build_cut_cross_entropy,
             INF_CL: build_inf_cl,
         }
-    found: dict[str, Build] = {OURS: build_ours}
     if case.order == 1:
-        if case.k == case.m:
-            found[LIST_MLE] = build_list_mle
-            found[COMPILED_LIST_MLE] = partial(build_compiled, build=build_list_mle, real=compiles)
-        return found
-    found[DENSE] = partial(build_ours, impl="triton-dense")
-    found[FLEX] = partial(build_flex, compiles=compiles)
-    found[NAIVE] = build_naive
-    found[COMPILED] = partial(build_compiled, build=build_naive, real=compiles)
-    return found
+        return {OURS: build_ours, LIST_MLE: build_list_mle}
+    return {
+        OURS: build_ours,
+        FLEX: partial(build_flex, compiles=compiles),
+        NAIVE: build_naive,
+        COMPILED: partial(build_compiled, build=build_naive, real=compiles),
+    }
 
 
 def bytes_needed(name: str, case: Case) -> float:
-    if case.order == 0:
-        return CLIP_BYTES.get(name, 0.0) * case.n * case.m
-    return NAIVE_BYTES.get(name, 0.0) * case.scores
+    return BYTES.get(name, 0.0) * (case.n * case.m if case.order == 0 else case.scores)
 
 
 # ---------------------------------------------------------------- this library
