@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
-CALLER = 6  # frames up from a warning to the line that calls a loss
+CALLER = 7  # frames up from a warning to the line that calls a loss
 
 LOG_SCALES = (2.0, 3.0)
 """Range where the logarithm that CLIP learns starts: ln(1/0.07) = 2.66, SigLIP's ln 10 = 2.30."""

@@ -101,8 +101,8 @@ class ALIPLoss(GlobalBatchLoss):
         """Compute the loss of this process's triplets.
 
         Args:
-            image_features, text_features, logit_scale: as in `SigLipLoss.forward`; the texts are
-                the raw ones.
+            image_features, text_features, logit_scale: as in `PairLoss.forward`; of raw
+                texts.
             logit_bias: added to the logits.
             caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
             image_ids, text_ids: (n,) integers; pairs that share an id are positives. Synthetic
@@ -112,7 +112,7 @@ class ALIPLoss(GlobalBatchLoss):
                 captions, whose sum is the loss.
 
         Raises:
-            TypeError, ValueError: as `SigLipLoss.forward`.
+            TypeError, ValueError: as `PairLoss.forward`.
         """
 
         def captions_too() -> list[Tensor]:

@@ -7,11 +7,12 @@ from typing_extensions import Unpack
 
 from rankloss.clip import clip_loss, positive_mask
 from rankloss.distributed import GlobalBatch, Processes, gather_batch, gather_features
-from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
+from rankloss.global_batch import GatherOptions, Inputs
+from rankloss.pair_loss import PairLoss
 from rankloss.scores import cross_modal_scores, scaled_cosines
 
 
-class SigLipLoss(GlobalBatchLoss):
+class SigLipLoss(PairLoss):
     """SigLIP: every image-text pair of the global batch is a binary classification of its own.
 
         L = 1/N sum over i, j of softplus(-y_ij (scale <v_i, t_j> + bias))
@@ -31,46 +32,10 @@ class SigLipLoss(GlobalBatchLoss):
     0.0201
     """
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of this process's pairs.
-
-        Args:
-            image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
-                matches row i of the other. Scores are computed in float32 even under autocast.
-            logit_scale: exp'd scale, 0-D or (1,), or a float.
-            logit_bias: the same, or None for 0.
-            image_ids, text_ids: (n,) integers; equal ids mark the same image or caption, so that
-                pairs that share either match each other.
-            local: leave other processes out: the loss of these n pairs alone, without any message.
-            output_dict: return {"contrastive_loss"}.
-
-        Raises:
-            TypeError: features are not floating, or ids not integer.
-            ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
-                widths, dtypes or kinds of ids, or rank/world_size contradict the process group.
-        """
-        inputs = self.prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            local=local,
-        )
-        processes, dtype = inputs.processes, _wide_dtype(image_features, text_features)
-        images, texts, labels = self._sides(image_features, text_features, processes)
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss", all there is."""
+        dtype = _wide_dtype(images, texts)
+        images, texts, labels = self._sides(images, texts, inputs.processes)
         logits = scaled_cosines(images.to(dtype), texts.to(dtype), inputs.scale)
         if inputs.bias is not None:
             logits = logits + inputs.bias.to(dtype)
@@ -79,7 +44,7 @@ class SigLipLoss(GlobalBatchLoss):
             positives = torch.zeros_like(logits, dtype=torch.bool)
             positives.scatter_(1, labels[:, None], True)
         loss = -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / max(len(logits), 1)
-        return {"contrastive_loss": loss} if output_dict else loss
+        return {"contrastive_loss": loss}
 
     def _sides(
         self, images: Tensor, texts: Tensor, processes: Processes
@@ -100,7 +65,7 @@ class SigLipLoss(GlobalBatchLoss):
         return images, all_texts, labels
 
 
-class CyCLIPLoss(GlobalBatchLoss):
+class CyCLIPLoss(PairLoss):
     """CyCLIP: CLIP's loss plus two penalties on inconsistent similarities.
 
         L = L_CLIP + w_in/N sum over j, k of (<v_j, v_k> - <t_j, t_k>)^2
@@ -109,7 +74,8 @@ class CyCLIPLoss(GlobalBatchLoss):
     of cosines, divided by N, not by N^2; both sides receive gradient, the scale does not. Source:
     Goel et al. 2022 and its published code. With the default `local_loss` and `gather_with_grad`
     each process scores its own anchors against all candidates: under DDP's averaging the gradient
-    is the global batch's at any world size (the published code's is 1/world_size of it).
+    is the global batch's at any world size (the published code's is 1/world_size of it). With ids,
+    pairs that share one are positives of the contrastive term; the penalties do not change.
 
     Args:
         in_modal_weight, cross_modal_weight: w_in, w_cross; the published command has 0.25 for both.
@@ -132,54 +98,20 @@ class CyCLIPLoss(GlobalBatchLoss):
         super().__init__(**gathering)
         self.in_modal_weight, self.cross_modal_weight = in_modal_weight, cross_modal_weight
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of this process's pairs.
-
-        Args:
-            image_features, text_features, logit_scale: as in `SigLipLoss.forward`.
-            logit_bias: added to the contrastive logits.
-            image_ids, text_ids: (n,) integers; pairs that share an id are positives of the
-                contrastive term. The penalties do not change with them.
-            local: leave other processes out: the loss of these n pairs alone, without any message.
-            output_dict: return {"contrastive_loss", "cyclic_loss"}, already weighted, whose sum is
-                the loss.
-
-        Raises:
-            TypeError, ValueError: as `SigLipLoss.forward`.
-        """
-        inputs = self.prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            local=local,
-        )
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss" and "cyclic_loss"."""
         batch = gather_batch(
-            image_features,
-            text_features,
+            images,
+            texts,
             inputs.processes,
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         ).in_full_precision()
         cosines = cross_modal_scores(batch, batch.images.new_ones(()))
-        contrastive = self._contrastive(cosines, batch.labels, inputs)
-        cyclic = self._cyclic(cosines, batch)
-        if output_dict:
-            return {"contrastive_loss": contrastive, "cyclic_loss": cyclic}
-        return contrastive + cyclic
+        return {
+            "contrastive_loss": self._contrastive(cosines, batch.labels, inputs),
+            "cyclic_loss": self._cyclic(cosines, batch),
+        }
 
     def _contrastive(
         self, cosines: tuple[Tensor, Tensor], labels: Tensor, inputs: Inputs

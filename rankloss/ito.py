@@ -78,7 +78,7 @@ class ITOLoss(GlobalBatchLoss):
         """Compute the loss of this process's pairs.
 
         Args:
-            image_features, text_features, logit_scale: as in `SigLipLoss.forward`.
+            image_features, text_features, logit_scale: as in `PairLoss.forward`.
             logit_bias: added to the logits of images against texts.
             other_view_features: (n, D) unit-norm, of another view of the same images.
             other_text_features: (n, D) unit-norm, of other captions of the same images.

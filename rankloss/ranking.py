@@ -1,7 +1,7 @@
 """The ranking losses as modules: HighOrderPLLoss, and its members of order 1 and 0."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from rankloss.checks import check_option_names, check_settings, check_weights
 from rankloss.clip import STREAM_ABOVE, clip_loss, positive_mask, streamed_clip_loss
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
 from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
-from rankloss.global_batch import GatherOptions, GlobalBatchLoss
+from rankloss.global_batch import GatherOptions, Inputs
 from rankloss.lists import (
     RankingList,
     cross_modal_lists,
@@ -21,6 +21,7 @@ from rankloss.lists import (
     list_nll,
 )
 from rankloss.options import Discount
+from rankloss.pair_loss import PairLoss
 from rankloss.ramp import START, RampedLoss
 from rankloss.scores import cross_modal_scores
 from rankloss.transitions import TransitionHeads, Transitions
@@ -28,7 +29,7 @@ from rankloss.transitions import TransitionHeads, Transitions
 SEEDS = (2605, 2606)  # of the transition heads: shared or of images, of texts
 
 
-class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
+class HighOrderPLLoss(PairLoss, RampedLoss):
     """CLIP's contrastive loss plus order-R Plackett-Luce ranking consistency.
 
         L = w_clip L_CLIP + lambda_cross L_cross + lambda_in L_in
@@ -44,6 +45,9 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
     it in DDP and building the optimizer, so that they are synchronised, trained and saved; exclude
     `no_weight_decay()` from decay. They start identical on every process (`TransitionHeads`).
     Weights of a lower order load: the new terms are at their start.
+
+    With ids, pairs that share one are positives of the contrastive term, and out of each other's
+    cross-modal lists; in-modal lists leave out repetitions of the anchor in their own modality.
 
     Args:
         embed_dim: D, width of the features; needed from order 2 on, unused before.
@@ -140,107 +144,41 @@ class HighOrderPLLoss(GlobalBatchLoss, RampedLoss):
         self._snapshot: Snapshot | None = None
         self._adviser = Adviser()
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: Literal[False] = False,
-    ) -> Tensor: ...
+    @property
+    def _feature_width(self) -> int | None:
+        return self.embed_dim if self.order > 1 else None
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: Literal[True],
-    ) -> dict[str, Tensor]: ...
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of this process's pairs.
-
-        Args:
-            image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
-                matches row i of the other. Scores are computed in float32 even under autocast.
-            logit_scale: exp'd scale, 0-D or (1,), or a float.
-            logit_bias: added to the contrastive logits; ranking terms do not change with it.
-            image_ids, text_ids: (n,) integers; equal ids mark the same image or caption. Pairs
-                that share either are matches of each other: positives of the contrastive term,
-                and out of each other's cross-modal lists. In-modal lists leave out repetitions
-                of the anchor in their own modality.
-            local: leave other processes out: the loss of these n pairs alone, without any message,
-                e.g. for an evaluation on one process of many.
-            output_dict: return {"contrastive_loss", "ranking_loss"}, already weighted, whose sum
-                is the loss.
-
-        Raises:
-            TypeError: features are not floating, or ids not integer.
-            ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
-                widths, dtypes or kinds of ids (on every process), or rank/world_size contradict
-                the process group.
-        """
-        inputs = self.prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            local=local,
-            embed_dim=self.embed_dim if self.order > 1 else None,
-        )
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss" and "ranking_loss"."""
         keys = [] if self._ranking_off else [x.key_weight for x in self._heads]
-        self._adviser.look(image_features, text_features, inputs.scale, keys)
+        self._adviser.look(images, texts, inputs.scale, keys)
         gathered = gather_batch(
-            image_features,
-            text_features,
+            images,
+            texts,
             inputs.processes,
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         )
-        scale, bias, all_ids = inputs.scale, inputs.bias, inputs.ids
+        scale, bias = inputs.scale, inputs.bias
         transitions = self._transitions(gathered)
         batch = gathered.in_full_precision()
         self._snapshot = take_snapshot(batch, scale, transitions) if self.keep_stats else None
         if self.order == 0 and len(batch.labels) * len(batch.texts) > STREAM_ABOVE:
-            contrastive = streamed_clip_loss(batch, scale, all_ids, bias)
+            contrastive = streamed_clip_loss(batch, scale, inputs.ids, bias)
             ranking = torch.zeros_like(contrastive)
         else:
             scores = cross_modal_scores(batch, scale)
-            positives = positive_mask(all_ids, batch.labels)
+            positives = positive_mask(inputs.ids, batch.labels)
             contrastive = clip_loss(scores, batch.labels, positives, bias)
             if self.order == 0 or self._ranking_off:
                 ranking = self._no_ranking(batch)
             else:
                 ids = [inputs.image_ids, inputs.text_ids]
                 ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
-        contrastive = self.contrastive_weight * contrastive
-        if output_dict:
-            return {"contrastive_loss": contrastive, "ranking_loss": ranking}
-        return contrastive + ranking
+        return {
+            "contrastive_loss": self.contrastive_weight * contrastive,
+            "ranking_loss": ranking,
+        }
 
     @property
     def _heads(self) -> list[TransitionHeads]:

@@ -55,7 +55,7 @@ class SigLipRankingLoss(nn.Module):
             image_features, text_features: (n, D) unit-norm, any floating dtype.
             logit_scale, logit_bias: 0-D or (1,), or floats; SigLIP starts from 10 and -10.
             output_dict: return {"contrastive_loss", "ranking_loss"}, whose sum is the loss.
-            **options: `HighOrderPLLoss.forward`'s other arguments, for both terms.
+            **options: `PairLoss.forward`'s other arguments, for both terms.
         """
         sigmoid = self.contrastive(
             image_features, text_features, logit_scale, logit_bias, **options

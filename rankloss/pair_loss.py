@@ -1,0 +1,115 @@
+"""The common way in which losses of images and texts alone are called."""
+
+import functools
+import operator
+from typing import Literal, overload
+
+from torch import Tensor
+
+from rankloss.global_batch import GlobalBatchLoss, Inputs
+
+
+class PairLoss(GlobalBatchLoss):
+    """A loss over the global batch that needs nothing but image and text features.
+
+    A member says in `terms` what it computes; how it is called is the same for all.
+
+    Args:
+        local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
+            `rankloss.global_batch.GlobalBatchLoss`.
+
+    >>> import torch
+    >>> class Distance(PairLoss):
+    ...     def terms(self, images, texts, inputs):
+    ...         return {"distance_loss": (images - texts).square().sum()}
+    >>> features = torch.eye(3)
+    >>> Distance()(features, -features, 10.0, output_dict=True)
+    {'distance_loss': tensor(12.)}
+    """
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        local: bool = False,
+        output_dict: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        local: bool = False,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        local: bool = False,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Compute the loss of this process's pairs.
+
+        Args:
+            image_features, text_features: (n, D) unit-norm, any floating dtype; row i of one
+                matches row i of the other. Scores are computed in float32 even under autocast.
+            logit_scale: exp'd scale, 0-D or (1,), or a float.
+            logit_bias: added to the contrastive logits; ranking terms do not change with it.
+            image_ids, text_ids: (n,) integers; equal ids mark the same image or caption, so that
+                pairs that share either match each other; a negative id is unknown and matches
+                nothing. The loss's own page says what follows for its terms.
+            local: leave other processes out: the loss of these n pairs alone, without any message,
+                e.g. for an evaluation on one process of many.
+            output_dict: return the terms by name, already weighted, whose sum is the loss.
+
+        Raises:
+            TypeError: features are not floating, or ids not integer.
+            ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
+                widths, dtypes or kinds of ids (on every process), or rank/world_size contradict
+                the process group.
+        """
+        inputs = self.prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            text_ids,
+            local=local,
+            embed_dim=self._feature_width,
+        )
+        terms = self.terms(image_features, text_features, inputs)
+        return terms if output_dict else functools.reduce(operator.add, terms.values())
+
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute the weighted terms of the loss, by name; a member's own part of `forward`.
+
+        Args:
+            images, texts: (n, D), checked.
+            inputs: all else that was given, checked, and agreed on with the other processes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its terms are")
+
+    @property
+    def _feature_width(self) -> int | None:
+        """Width that features must have, where the loss has parameters of that width."""
+        return None
