@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 RESULTS := benchmarks/results
+# test files are shared out to as many processes as there are cores, four at most
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # threads that wait for others sleep: several processes share the cores in the tests
 test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
@@ -16,10 +18,10 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m "long or not long" --timeout 3600
+	$(PYTEST) -m "long or not long" --timeout 3600
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

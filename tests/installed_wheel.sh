@@ -27,4 +27,5 @@ cd "$work"
 "$work/venv/bin/python" -c "import rankloss, sys; sys.exit(not rankloss.__file__.startswith('$work'))"
 # these test folders of the checkout that no wheel has
 outside=(tests/benchmarks tests/cc3m tests/demo tests/evaluation tests/self_distillation tests/test_examples.py)
-"$work/venv/bin/python" -m pytest -q "${outside[@]/#/--ignore=}" "${@:2}"
+"$work/venv/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+    "${outside[@]/#/--ignore=}" "${@:2}"
