@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 
 from benchmarks.report import table
 
-FLOAT, INDEX = 4, 8
-"""Bytes of float32 and of int64."""
+FLOAT = 4
+"""Bytes of float32."""
 LISTS = 4
 """Rankings of a batch: images rank texts, texts images, images images, texts texts."""
 
@@ -64,18 +64,16 @@ class Loss:
 
     def kept_bytes(self) -> int:
         """Kept from the forward for the backward pass."""
-        n, m, k = self.local_batch, self.candidates, self.places
+        n, m = self.local_batch, self.candidates
         alone = self.gpus == 1  # then texts rank images by the transposed scores
         matrices = (1 if alone else 2) + 2  # cosines, and both softmaxes of the contrastive term
-        ranked = 0
         if self.order:
-            matrices += 2 + (3 if alone else 4)  # in-modal cosines, and all scores
-            ranked = LISTS * n * k * (FLOAT + INDEX)
+            matrices += 2 + LISTS  # in-modal cosines, and the gradient of every list's scores
         features = 2 * m * self.dim * FLOAT + (0 if alone else 2 * n * self.dim * FLOAT)
-        # predecessors are kept before their norm and after it
-        rows = (self.tables + self.predecessors) * m + self.tables * self.dim
+        # predecessors before their norm, and the tables' gradients of both lists of a modality
+        rows = (self.predecessors + LISTS // 2 * self.tables) * m + self.tables * self.dim
         tables = 2 * rows * self.transition_dim * FLOAT
-        return matrices * n * m * FLOAT + ranked + features + tables
+        return matrices * n * m * FLOAT + features + tables
 
     def received_bytes(self) -> int:
         """Bytes that each GPU receives in a step: others' features, and gradients of its own."""

@@ -44,7 +44,9 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         self.calls += 1
-        self._alive = {k: x for k, x in self._alive.items() if not x[0].expired()}  # type: ignore[no-untyped-call]
+        gone = [k for k, (weak, _) in self._alive.items() if weak.expired()]  # type: ignore[no-untyped-call]
+        for key in gone:
+            del self._alive[key]
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
