@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel takes; see the module's docstring."""
+    """Resources that one kernel takes; see the module's docstring."""
 
     kernel: str
     # "pass" in the file
@@ -109,7 +109,7 @@ NATURAL = 1.3
 
 
 def faults(row: Row) -> Iterator[str]:
-    """What is wrong with a kernel on its target."""
+    """Faults of a kernel on its target."""
     limit = SHARED_LIMITS[row.target]
     if row.spills:
         yield f"{row.spills} spills"

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes, read off its binary: no driver is asked, no GPU needs to be here.
+"""Resources of a compiled kernel, read off its binary: no driver, no GPU needs to be here.
 
 Registers come from the `cuobjdump` that Triton ships, spills and the instructions of inner loops
 from its disassembler. For AMD all of it stands in the assembly, loops left out.
@@ -141,7 +141,7 @@ def _loop(body: Sequence[str], warps: int) -> Loop:
 
 
 def _flops(text: str, warps: int) -> int:
-    """Of a matrix instruction, which four warps (HGMMA) or one (HMMA) execute together."""
+    """Flops of a matrix instruction, which four warps (HGMMA) or one (HMMA) execute together."""
     shape = re.search(r"GMMA\.(\d+)x(\d+)x(\d+)", text)
     if shape:
         return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) * warps // 4

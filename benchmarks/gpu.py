@@ -337,7 +337,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def promises(out: Path) -> list[str]:
-    """What the two largest third-order squares show; of a dry run, nothing."""
+    """Verdicts on the two largest third-order squares; a dry run has none."""
     from benchmarks.providers import OURS
 
     file = out / "losses.json"

@@ -68,7 +68,7 @@ def as_float64(problem: Problem) -> Problem:
 
 
 def remaining_scores(case: Case) -> int:
-    """How many utilities of candidates not yet taken there are: N (K M - K (K-1) / 2)."""
+    """Number of utilities of candidates not yet taken: N (K M - K (K-1) / 2)."""
     return case.n * (case.k * case.m - case.k * (case.k - 1) // 2)
 
 

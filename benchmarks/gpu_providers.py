@@ -1,4 +1,4 @@
-"""Who is measured on the GPU: each a loss of a problem's leaves, with its ranking given.
+"""Sides that are measured on the GPU: each a loss of a problem's leaves, with its ranking given.
 
 A build function raises `Unavailable` with the reason when its provider cannot run here.
 """

@@ -22,7 +22,7 @@ class Tile:
 
     Attributes:
         places, candidates: sides of a tile of utilities, powers of two >= 16.
-        warps: of a program.
+        warps: their number in a program.
         stages: depth of software pipelining.
         registers: most registers of a thread, on NVIDIA; None lets the compiler choose.
     """
@@ -36,7 +36,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the passes of the high-order likelihood run.
+    """Tiles and launches of the high-order likelihood's passes.
 
     Attributes:
         forward, backward: their tiles.
@@ -64,7 +64,7 @@ class Plan:
         return min(self.columns, max(16, 1 << (width - 1).bit_length()))
 
     def constants(self, tile: Tile, width: int, block: int) -> dict[str, int | str]:
-        """What a launch of a pass with this tile is compiled for."""
+        """Constants that a launch of a pass with this tile is compiled for."""
         limit = {} if tile.registers is None else {"maxnreg": tile.registers}
         return {
             **limit,
@@ -124,7 +124,7 @@ NARROW = 64  # columns
 
 @dataclass(frozen=True)
 class GramPlan:
-    """How the Gram distance runs.
+    """Tiles and launches of the Gram distance.
 
     Attributes:
         rows: rows and columns of a tile of a Gram matrix, a power of two >= 16.
@@ -142,7 +142,7 @@ class GramPlan:
     precision: str = "tf32x3"
 
     def constants(self, columns: int) -> dict[str, int | str]:
-        """What a launch is compiled for, with products of so many columns."""
+        """Constants that a launch is compiled for, with products of so many columns."""
         return {
             "BI": self.rows,
             "BD": columns,

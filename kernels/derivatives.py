@@ -1,4 +1,4 @@
-"""How the streaming ops differentiate: gradients made ahead, and what they refuse."""
+"""Derivatives of the streaming ops: gradients made ahead, and refusals."""
 
 import functools
 from typing import Any

@@ -51,7 +51,7 @@ def _say_once(message: str) -> None:
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `impl` cannot run on `device` for scores of `dtype`, or None when it can.
+    """Reason why `impl` cannot run on `device` for scores of `dtype`, or None when it can.
 
     Raises:
         ValueError: `impl` is unknown.

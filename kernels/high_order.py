@@ -474,7 +474,7 @@ PREPARED_ROWS = 32  # positions that one program prepares, at most
 
 
 def walks_ranked(k: int, m: int) -> bool:
-    """Whether the list holds all candidates.
+    """Say if the list holds all candidates.
 
     Then a place visits M - K/2 of them on average, and M + K/2 in the natural walk, where
     however keys are read in place: none are copied for each anchor, none collected from a copy.
@@ -500,7 +500,7 @@ class Sizes(NamedTuple):
 
     @property
     def completed(self) -> bool:
-        """Whether unranked candidates have to be added to the list."""
+        """Say if unranked candidates have to be added to the list."""
         return self.listed > self.k
 
     def chunk(self, element: int, gradients: bool) -> int:

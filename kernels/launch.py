@@ -1,4 +1,4 @@
-"""What the ops share around their launches: autocast off, the current device, vmap."""
+"""Common parts around the ops' launches: autocast off, the current device, vmap."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,4 +1,4 @@
-"""What kernels cost on GPUs that are not here: within their budgets, and worse ones are not."""
+"""Costs of kernels on GPUs that are not here: within their budgets, and worse ones are not."""
 
 import json
 import os

@@ -68,7 +68,7 @@ def _why_not() -> str | None:
 
 
 WHY_NOT = _why_not()
-"""Why the sanitizer does nothing here, or None when it works."""
+"""Reason why the sanitizer does nothing here, or None when it works."""
 
 
 class KernelFault(AssertionError):
@@ -77,7 +77,7 @@ class KernelFault(AssertionError):
 
 @dataclass
 class Report:
-    """What the launches inside a `sanitize` block did."""
+    """Record of the launches inside a `sanitize` block."""
 
     programs: int = 0
     dot_precisions: set[str] = field(default_factory=set)

@@ -187,7 +187,7 @@ def largest_utility(inputs: Inputs) -> float:
 
 
 def rounding_of_queries(inputs: Inputs) -> float:
-    """How much a utility may move because kernels round products of predecessors to the tables'
+    """Most that a utility may move because kernels round products of predecessors to the tables'
     dtype: eps * sum_c |q_c C_c|. A single predecessor row is exact."""
     if inputs.keys.dtype == torch.float32 or len(inputs.keys) < 2:
         return 0.0

@@ -138,7 +138,7 @@ def test_blocked_never_holds_gram_matrices_of_the_batch(
 
 
 def test_blocked_rows_are_normalised_a_few_images_at_a_time(shrink: Callable[[int], None]) -> None:
-    """Where features are wider than there are patches."""
+    """Features that are wider than there are patches."""
     student, teacher = torch.randn(16, 4, 64), torch.randn(16, 4, 512)
     shrink(2 * 4 * (64 + 512))
     with Allocations(student, teacher) as recorder:

@@ -1,4 +1,4 @@
-"""What the Triton implementation takes besides its inputs: tracked, with its launches stubbed."""
+"""Memory of the Triton implementation besides its inputs: tracked, with its launches stubbed."""
 
 import pytest
 import torch

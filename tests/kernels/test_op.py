@@ -240,7 +240,7 @@ def test_a_weighted_sum_has_no_second_derivative(impl: str) -> None:
 
 @each_streaming
 def test_a_weighted_sum_inside_vmap_inside_grad(impl: str) -> None:
-    """Where no tensor says that it needs a gradient."""
+    """Inputs of which none says that it needs a gradient."""
     x, _ = inputs_and_leaves(3)
     scores = x[0].detach().expand(2, *x[0].shape)
 

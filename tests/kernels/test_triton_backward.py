@@ -1,4 +1,4 @@
-"""What callers may do with the op: any upstream, any strides, twice, in any order of programs."""
+"""Callers may give the op any upstream, any strides, twice, in any order of programs."""
 
 from functools import lru_cache
 

@@ -231,7 +231,7 @@ def test_losses_equal_those_of_the_blocked_implementation(
 
 @pytest.fixture
 def launches() -> Iterator[list[Launch]]:
-    """What is launched; no kernel runs."""
+    """Launches, listed; no kernel runs."""
     with recorded(high_order, first_order) as found:
         yield found
 
