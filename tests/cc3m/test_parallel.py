@@ -1,5 +1,6 @@
 """Several processes, or a batch in parts, must train as one process with the whole batch does."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -350,14 +351,16 @@ def test_a_term_that_is_infinite_in_one_process_skips_the_step_in_all(
     assert two.run(infinite_term, str(tmp_path)) == [(1, True, True)] * 2
 
 
-def batches_after_a_resume(folder: str, stop_after: int) -> list[str]:
-    """Keys of the first batch that each process trains on."""
+def first_batch_of_a_run(folder: str, stop_after: int) -> tuple[list[str], str, list[float]]:
+    """Keys of the first batch trained on, samples taken, a random number a step and one after."""
     run, stop = trainer(folder, epochs=1), StopRequest()
     keys: list[str] = []
+    drawn: list[float] = []
     update = run.update
 
     def noting(parts: list[Batch]) -> dict[str, Tensor]:
         keys.extend(parts[0].keys if not keys else [])
+        drawn.append(float(torch.rand(())))
         stop.signal_number = 15 if run.step + 1 == stop_after else None
         return update(parts)
 
@@ -370,18 +373,20 @@ def batches_after_a_resume(folder: str, stop_after: int) -> list[str]:
             yield replace(each, consumed=each.consumed + rank * PAIRS // 2)
 
     run.loader.epoch = unequal  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(Interrupted):
         run.fit("test", stop)
-    except Interrupted:
-        return [*keys, str(run.progress.position.consumed)]
-    return [*keys, str(run.progress.position.consumed)]
+    return keys, str(run.progress.position.consumed), [*drawn, float(torch.rand(()))]
 
 
 def test_each_process_resumes_at_its_own_position(two: ProcessGroup, tmp_path: Path) -> None:
-    first = two.run(batches_after_a_resume, str(tmp_path), 1)
-    assert [keys[-1] for keys in first] == ["(4,)", "(8,)"]
-    second = two.run(batches_after_a_resume, str(tmp_path), 2)
-    assert [keys[0] for keys in second] == ["10-0", "21-0"]  # the second batch, and the third
+    """In its data, and in its random numbers."""
+    first = two.run(first_batch_of_a_run, str(tmp_path), 1)
+    assert [consumed for _, consumed, _ in first] == ["(4,)", "(8,)"]
+    second = two.run(first_batch_of_a_run, str(tmp_path), 2)
+    assert [keys[0] for keys, _, _ in second] == ["10-0", "21-0"]  # the second batch, the third
+    draws = [drawn[-1] for _, _, drawn in first]
+    assert draws[0] != draws[1]
+    assert [drawn[0] for _, _, drawn in second] == draws
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])

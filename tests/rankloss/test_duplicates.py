@@ -183,3 +183,26 @@ class Masks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor) and result.dtype == torch.bool and result.dim() == 2:
             self.count += 1
         return result
+
+
+def test_no_row_counts_more_places_than_there_are() -> None:
+    """Kernels read `lengths` places of a row; with ids and `top_k`, more candidates stay."""
+    image, text = features(7, dtype=torch.float32)
+    with Lengths() as lengths:
+        HighOrderPLLoss(8, 3, top_k=2)(image, text, 14.3, image_ids=torch.tensor(IMAGE_IDS))
+    assert lengths.found == [(2, 2)] * 4
+
+
+class Lengths(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the places and the largest length of each list that reaches an implementation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "rankloss":
+            names = (argument.name for argument in func._schema.arguments)
+            given = dict(zip(names, args, strict=True))
+            self.found.append((given["ranking"].shape[1], int(given["lengths"].max())))
+        return func(*args, **(kwargs or {}))
