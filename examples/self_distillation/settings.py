@@ -58,7 +58,7 @@ class Settings:
         seed: decides initialisation, order and crops.
     """
 
-    scenes: SceneSettings = field(default_factory=SceneSettings)
+    scenes: SceneSettings = field(default_factory=lambda: SceneSettings(train=10240))
     model: str = MODEL
     options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)

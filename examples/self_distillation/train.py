@@ -85,7 +85,8 @@ def train(
                 checkpoints.save(step, training_tensors(distillation, optimizer), state)
             if asked and step < end:
                 raise Interrupted(f"stopped after step {step} of {end}", asked)
-    write_json(told, {"settings": asdict(settings), "steps_taken": step, "history": history})
+    means = {name: block_means(values) for name, values in history.items()}
+    write_json(told, {"settings": asdict(settings), "steps_taken": step, "history": means})
     export(distillation.teacher.backbone.model, weights)
     return weights
 
@@ -145,6 +146,12 @@ def scene_images(settings: SceneSettings) -> Tensor:
         rng = random.Random(f"{settings.seed}/train/picture/{index}")
         pictures.append(np.asarray(draw(scene, rng, settings.image_size)))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def block_means(values: list[float], block: int = 50) -> list[float]:
+    """Means of successive blocks, the last one perhaps shorter."""
+    blocks = [values[i : i + block] for i in range(0, len(values), block)]
+    return [round(sum(x) / len(x), 4) for x in blocks]
 
 
 def export(model: nn.Module, path: Path) -> None:

@@ -1,16 +1,26 @@
 """Crops, masks and heads of self-distillation, and the committed teacher."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from examples.self_distillation.backbone import Backbone, Head
 from examples.self_distillation.crops import crop, recolour, sample_regions, sample_views
-from examples.self_distillation.measure import FAMILIES, family_scenes
-from examples.self_distillation.settings import MODEL
+from examples.self_distillation.measure import (
+    FAMILIES,
+    build_teacher,
+    encode,
+    family_scenes,
+    scene_images,
+)
+from examples.self_distillation.settings import MODEL, OPTIONS, TEACHER
 
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 
@@ -113,3 +123,35 @@ def test_families_are_tested_on_new_combinations(family: str) -> None:
     labels = [set(labels) for _, labels in parts]
     assert labels[0] == labels[1]
     assert len(labels[0]) >= 2
+
+
+# ---------------------------------------------------------------- the committed teacher
+
+
+def test_the_committed_teacher_is_its_recipes() -> None:
+    """Small enough, of the settings beside it, and seen by timm as weights of that network."""
+    told = json.loads(TEACHER.with_suffix(".json").read_text())
+    assert (told["settings"]["model"], told["settings"]["options"]) == (MODEL, OPTIONS)
+    assert told["steps_taken"] == told["settings"]["steps"]
+    assert TEACHER.stat().st_size <= 2**20
+    weights = load_file(TEACHER)
+    loaded = build_teacher(TEACHER).model.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name].half(), weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("family", "margin"), [("colour", 0.2), ("relation", 0.05)])
+def test_the_committed_teacher_knows_more_than_random_weights(family: str, margin: float) -> None:
+    """By a linear classifier on pairs of colour and shape that it has not seen together."""
+    accuracy = []
+    for weights in (TEACHER, None):
+        torch.manual_seed(0)
+        teacher = build_teacher(weights)
+        parts = []
+        for count, unseen in ((400, False), (200, True)):
+            scenes, labels = family_scenes(family, count, unseen=unseen)
+            features = encode(teacher, scene_images(scenes, f"{family}/{unseen}"))
+            parts.append((features.numpy(), np.array(labels)))
+        model = LogisticRegression(C=100.0, max_iter=1000).fit(*parts[0])
+        accuracy.append(model.score(*parts[1]))
+    assert accuracy[0] > accuracy[1] + margin
