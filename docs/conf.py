@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from pygments.lexers.special import TextLexer
+
 import rankloss
 
 project = "rankloss"
@@ -31,4 +33,5 @@ def show_as_written(
 
 
 def setup(app: Any) -> None:
+    app.add_lexer("mermaid", TextLexer)  # drawings on GitHub, their text here
     app.connect("autodoc-process-docstring", show_as_written)

@@ -109,6 +109,32 @@ def translate_keywords(
     return keywords
 
 
+def ranking_task(model: nn.Module, loss: nn.Module, **keywords: Any) -> nn.Module:
+    """Build a training task of open_clip's main branch (4.2.0.dev0), which no release has yet.
+
+    The loss is attached to the model, the one part of a task that its trainer optimises, saves and
+    wraps. In a checkout, let `open_clip_train.main.create_task` return it. FSDP2 needs the loss
+    among `_get_fsdp_shard_modules()` too.
+
+    Args:
+        model: of open_clip, built with output_dict=True.
+        loss: `HighOrderPLLoss` or `SigLipRankingLoss`.
+        **keywords: `CLIPTask`'s others, `device`, `dtype`, `verbose`.
+
+    Raises:
+        ImportError: the installed open_clip has no tasks.
+    """
+    try:
+        from open_clip.task import CLIPTask
+    except ImportError as error:
+        raise ImportError(
+            "ranking_task is for open_clip's main branch; with a release run "
+            "`python -m rankloss.open_clip`"
+        ) from error
+    task: nn.Module = CLIPTask(model, loss=attach(model, loss), **keywords)
+    return task
+
+
 def build_loss(embed_dim: int, options: argparse.Namespace, args: argparse.Namespace) -> nn.Module:
     """Build the ranking loss of a run.
 

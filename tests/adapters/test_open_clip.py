@@ -220,3 +220,25 @@ def test_help_has_both_kinds_of_arguments(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "--rank-order" in text
     assert "--accum-freq" in text
+
+
+def test_task_of_the_main_branch() -> None:
+    """Against a checkout of open_clip's main branch where one is installed; else its absence."""
+    import open_clip
+
+    from rankloss.open_clip import ranking_task
+
+    model: Any = open_clip.CLIP(**TINY, output_dict=True)
+    loss = HighOrderPLLoss(16, order=2)
+    if not hasattr(open_clip, "create_task"):  # a release
+        with pytest.raises(ImportError, match="with a release run"):
+            ranking_task(model, loss)
+        return
+    task: Any = ranking_task(model, loss)
+    batch = {"image": torch.randn(4, 3, 32, 32), "text": torch.randint(1, 99, (4, 16))}
+    losses, _ = task.training_forward(batch)
+    assert losses["loss"] == losses["contrastive_loss"] + losses["ranking_loss"]
+    losses["loss"].backward()
+    trained = dict(task.trainable_module.named_parameters())
+    assert trained["rank_loss.transition_heads.0.key_weight"].grad.abs().max() > 0
+    assert "rank_loss.transition_heads.0.key_weight" in task.state_dict()["state_dict"]
