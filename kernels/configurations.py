@@ -40,6 +40,7 @@ class Plan:
 
     Attributes:
         forward, backward: their tiles.
+        rest: tile of the backward pass over the rest of the natural walk; None is `backward`.
         columns: most columns of W = (R-1) r that one matrix product takes.
         precision: how float32 tables are multiplied: "tf32x3" or "ieee".
     """
@@ -48,16 +49,24 @@ class Plan:
     backward: Tile = Tile()
     columns: int = 128
     precision: str = "tf32x3"
+    rest: Tile | None = None
+
+    @property
+    def backward_rest(self) -> Tile:
+        return self.rest or self.backward
 
     @property
     def place_side(self) -> int:
         """Places are padded to a multiple of this."""
-        return max(self.forward.places, self.backward.places)
+        return max(x.places for x in self._tiles())
 
     @property
     def side(self) -> int:
         """Candidates are padded to a multiple of this."""
-        return max(self.place_side, self.forward.candidates, self.backward.candidates)
+        return max(self.place_side, *(x.candidates for x in self._tiles()))
+
+    def _tiles(self) -> tuple[Tile, ...]:
+        return self.forward, self.backward, self.backward_rest
 
     def block(self, width: int) -> int:
         """Columns of one matrix product: a power of two, at least the 16 that it needs."""
@@ -80,46 +89,54 @@ class Plan:
 
 GFX = "gfx942"  # also for other AMD architectures
 
-# (architecture, arithmetic) -> plans for products of up to 64 columns, and of more; None is any
+# (architecture, arithmetic) -> plans for W of up to 64 columns, up to 128, and more; None is any
 # other NVIDIA architecture. Chosen by `python -m benchmarks aot`: fewest issue slots a score
-# without a spill, at least two programs a multiprocessor or three stages.
-TABLE: dict[tuple[str | None, str], tuple[Plan, Plan]] = {
+# without a spill, at least two programs a multiprocessor or three stages where that is possible.
+TABLE: dict[tuple[str | None, str], tuple[Plan, Plan, Plan]] = {
     (None, "half"): (
         Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
+        Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), columns=64),
     ),
     ("sm_90", "half"): (
         Plan(Tile(64, 128, 4, 2), Tile(128, 64, 4, 2)),
         Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
+        Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 3)),
     ),
     ("sm_100", "half"): (
         Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        Plan(Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
         Plan(Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
     ),
     # without wgmma the parts of float32 operands live in registers
     (None, "float32"): (
         Plan(Tile(32, 32, 4, 2, 255), Tile(32, 32, 4, 2, 255), columns=64),
-        Plan(Tile(32, 32, 4, 2, 255), Tile(32, 32, 4, 2, 255), columns=64),
+        Plan(Tile(32, 32, 4, 1, 255), Tile(32, 32, 4, 1, 255), columns=32),
+        Plan(Tile(32, 32, 4, 1, 255), Tile(32, 32, 4, 1, 255), columns=32),
+    ),
+    ("sm_90", "float32"): (
+        Plan(Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), columns=64, rest=Tile(32, 128, 8, 3)),
+        Plan(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), columns=32),
+        Plan(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), columns=32),
     ),
     ("sm_100", "float32"): (
         Plan(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), columns=64),
-        Plan(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), columns=64),
-    ),
-    ("sm_90", "float32"): (
-        Plan(Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), columns=64),
-        Plan(Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), columns=64),
+        Plan(Tile(32, 32, 4, 1, 255), Tile(32, 32, 4, 1, 255), columns=32),
+        Plan(Tile(32, 32, 4, 1, 255), Tile(32, 32, 4, 1, 255), columns=32),
     ),
     (GFX, "half"): (
         Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), precision="ieee"),
         Plan(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), precision="ieee"),
+        Plan(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), precision="ieee", columns=64),
     ),
     (GFX, "float32"): (
+        Plan(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), columns=64, precision="ieee"),
         Plan(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), columns=64, precision="ieee"),
         Plan(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), columns=64, precision="ieee"),
     ),
 }
 SHORT = 16  # places; lower tiles do not fit matrix products
-NARROW = 64  # columns
+WIDTHS = (64, 128)  # columns up to which the first and the second plan of an entry go
 
 
 @dataclass(frozen=True)
@@ -167,16 +184,25 @@ def plan(architecture: str, dtype: torch.dtype, width: int, k: int) -> Plan:
     """The same for an architecture that need not be here; short lists get low tiles."""
     arithmetic = "float32" if dtype == torch.float32 else "half"
     family = GFX if architecture.startswith("gfx") else None
-    found = TABLE.get((architecture, arithmetic), TABLE[family, arithmetic])[width > NARROW]
+    plans = TABLE.get((architecture, arithmetic), TABLE[family, arithmetic])
+    found = plans[sum(width > most for most in WIDTHS)]
     if k > SHORT:
         return found
-    forward, backward = (replace(x, places=SHORT) for x in (found.forward, found.backward))
-    return replace(found, forward=forward, backward=backward)
+    tiles = found.forward, found.backward, found.backward_rest
+    forward, backward, rest = (replace(x, places=SHORT) for x in tiles)
+    return replace(found, forward=forward, backward=backward, rest=rest)
 
 
-def gram_plan(architecture: str) -> GramPlan:
-    """The Gram distance's entry; its inputs are always float32."""
-    return replace(GRAM, precision="ieee") if architecture.startswith("gfx") else GRAM
+def gram_plan_for(device: torch.device) -> GramPlan:
+    """The Gram distance's entry on `device`; its inputs are always float32."""
+    name = architecture(device)
+    if name.startswith("gfx"):
+        return replace(GRAM, precision="ieee")
+    # without wgmma the parts of float32 operands live in registers
+    return replace(GRAM, rows=32, columns=32, warps=4) if name in OLDER else GRAM
+
+
+OLDER = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
 
 def architecture(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankloss.kernels.configurations import architecture, gram_plan
+from rankloss.kernels.configurations import gram_plan_for
 from rankloss.kernels.launch import on_device_of
 
 TILE = 1 << 24  # differences alive at a time: 64 MiB
@@ -123,7 +123,7 @@ def distance_and_gradient(
     student: Tensor, teacher: Tensor, negatives: str
 ) -> tuple[Tensor, Tensor]:
     """For unit rows: (B,) distances and the gradient of their sum to the student, (B, P, Ds)."""
-    (b, p, ds), plan = student.shape, gram_plan(architecture(student.device))
+    (b, p, ds), plan = student.shape, gram_plan_for(student.device)
     side = plan.rows
     distance = student.new_zeros(b, triton.cdiv(p, side))
     gradient = torch.empty_like(student)

@@ -598,7 +598,7 @@ class _Call:
         return self.partial.sum(1) * self.heaviest
 
     def _groups(self) -> int:
-        programs = self.size.rest // self.plan.backward.candidates
+        programs = self.size.rest // self.plan.backward_rest.candidates
         return min(self.size.n, triton.cdiv(GROUPS, programs)) if programs else 0
 
     def _prepare(self, first: int, anchors: int) -> _Chunk:
@@ -673,7 +673,7 @@ class _Call:
 
     def _backward_rest(self, chunk: _Chunk, shifted: Tensor) -> None:
         """Add to `d_rest`; fill the chunk's rows of `d_scores`."""
-        size, tile = self.size, self.plan.backward
+        size, tile = self.size, self.plan.backward_rest
         groups = len(self.d_rest)
         backward_rest_kernel[(size.rest // tile.candidates, self._blocks(), groups)](
             chunk.Q,
