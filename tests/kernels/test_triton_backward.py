@@ -232,19 +232,29 @@ def test_half_precision_gradients_add_up_in_float32(monkeypatch: pytest.MonkeyPa
         assert (many - 48 * single).norm() < 1e-6 * many.norm()  # a rounding is of 5e-4
 
 
+def sizes(n: int, m: int, k: int) -> high_order.Sizes:
+    shapes = (n, m), (n, k), (n,), (k,), (3, m, 32), (2, m, 32)
+    x = Lists(*(torch.empty(shape, device="meta") for shape in shapes))
+    return high_order.sizes_of(x, plan("sm_90", torch.bfloat16, 64, k))
+
+
 def test_size_of_a_chunk() -> None:
     """Few chunks where buffers of 60 MiB do, else of 30; equal in size."""
 
     def chunk(n: int, m: int, k: int, element: int = 2) -> int:
-        shapes = (n, m), (n, k), (n,), (k,), (3, m, 32), (2, m, 32)
-        x = Lists(*(torch.empty(shape, device="meta") for shape in shapes))
-        sizes = high_order.sizes_of(x, plan("sm_90", torch.bfloat16, 64, k))
-        return sizes.chunk(element, gradients=True)
+        return sizes(n, m, k).chunk(element, gradients=True)
 
     assert chunk(64, 512, 512) == 64
     assert chunk(512, 512, 512) == 171
     assert chunk(4096, 4096, 4096) * 4096 * 4 * 64 * 2 <= 30 << 20
     assert chunk(3, 1 << 20, 1 << 20) == 1
+
+
+def test_short_rankings_copy_the_keys_of_ranked_candidates_only() -> None:
+    """Below half of the candidates; from there on a list holds all, and there is no rest."""
+    found = {k: sizes(4, 1024, k) for k in (1024, 512, 511, 16)}
+    assert {k: x.listed for k, x in found.items()} == {1024: 1024, 512: 1024, 511: 511, 16: 16}
+    assert {k: x.rest for k, x in found.items()} == {1024: 0, 512: 0, 511: 1024, 16: 1024}
 
 
 # ---------------------------------------------------------------- the checks themselves
