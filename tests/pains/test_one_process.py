@@ -26,6 +26,7 @@ from rankloss import (
 )
 from rankloss.grad_cache import GradCache
 from rankloss.kernels import blocked, choose
+from rankloss.kernels.signature import Lists
 from tests.helpers.recorder import Recorder
 
 CPU = torch.device("cpu")
@@ -104,11 +105,10 @@ def test_half_precision_gradients_are_rounded_once(dtype: torch.dtype) -> None:
 def largest_tensor(m: int, n: int) -> int:
     """Elements of the largest tensor that a third-order loss of n anchors makes."""
     scores = torch.randn(n, m)
-    problem: Any = scores, rankings(scores), torch.full((n,), m), torch.ones(m)
-    problem += torch.randn(3, m, 4), torch.randn(2, m, 4)
+    tables = torch.randn(3, m, 4), torch.randn(2, m, 4)
+    lists = Lists(scores, rankings(scores), torch.full((n,), m), torch.ones(m), *tables)
     with Recorder() as seen:
-        _, *saved = blocked.forward(*problem)
-        blocked.backward(torch.ones(n), *saved, *problem)
+        blocked.nll_and_gradients(torch.ones(n), lists)
     return int(seen.largest)
 
 
