@@ -13,6 +13,12 @@ torchrun makes 0 or 1, and the word in <out>/status:
     2   failed        settings, data or disk need a person, as the last line says
     1   failed        anything else
 
+On SLURM, ask for a signal in good time and queue the job again while it is not done:
+
+    #SBATCH --signal=TERM@120 --open-mode=append
+    srun torchrun ... -m examples.cc3m.train --out runs/cc3m ...
+    grep -q preempted runs/cc3m/status && scontrol requeue $SLURM_JOB_ID
+
     <out>/config.yaml       all settings        <out>/checkpoints/   the last ones, safetensors
     <out>/results.jsonl     measured            <out>/export/        for open_clip.create_model, and
     <out>/curves.png        at the end                               DinoRankCLIP.from_pretrained
