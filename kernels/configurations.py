@@ -1,7 +1,6 @@
 """Launch configurations of the Triton kernels: one table, by architecture and arithmetic.
 
-A fixed entry compiles once and never searches. `using` overrides it, which is how a search
-(`python -m benchmarks gpu --stage tune`) tries others.
+A fixed entry compiles once and never searches. `using` overrides it for a block of code.
 
 float32 tables are multiplied as three products of TF32 parts ("tf32x3", accurate to float32), so
 on tensor cores, whatever torch.set_float32_matmul_precision says. IEEE products, which NVIDIA's
