@@ -289,8 +289,18 @@ def _on_two_processes(
     return value_and_gradient(loss, student.chunk(2)[rank], teacher.chunk(2)[rank], part)
 
 
+def _in_a_group_of_its_own(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    group = [dist.new_group([0]), dist.new_group([1])][rank]
+    loss = GramLoss("batch", distributed=True, process_group=group)
+    return value_and_gradient(loss, student.chunk(2)[rank], teacher.chunk(2)[rank])
+
+
 def test_pairs_cross_processes() -> None:
-    """Value, and gradient by DDP's average over processes; masks keep other numbers of tokens."""
+    """Value, and gradient by DDP's average over processes; masks keep other numbers of tokens.
+
+    They do not cross the borders of a process group.
+    """
     student, teacher = random_features(4, 5, 3), random_features(4, 5, 6, seed=1)
     masks = [None, torch.arange(20).reshape(4, 5) % 3 != 0, torch.zeros(4, 5).bool()]
     two = ProcessGroup(2)
@@ -303,7 +313,10 @@ def test_pairs_cross_processes() -> None:
             for each, _ in results:
                 torch.testing.assert_close(each, value)
             torch.testing.assert_close(torch.cat([d for _, d in results]) / 2, d_student)
+    results = two.run(_in_a_group_of_its_own, student, teacher)
     two.close()
+    for found, *part in zip(results, student.chunk(2), teacher.chunk(2), strict=True):
+        torch.testing.assert_close(found, value_and_gradient(GramLoss("batch"), *part))
 
 
 # ---------------------------------------------------------------- max_tokens

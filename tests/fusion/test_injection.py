@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankloss import ClipLoss, HighOrderPLLoss
 from rankloss.fusion import FUSION_VARIANTS, FusionStages, Injection, MultiScaleFusion
-from rankloss.fusion.gate import tangent, without_conflict
+from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
 
 seeds = st.integers(0, 10_000)
 widths = st.integers(2, 24)
@@ -127,6 +127,17 @@ def test_block_takes_the_proposition_s_step(variant: str, seed: int) -> None:
         v = without_conflict(v, z, t)
         assert (slope(z, v, t) >= -1e-12).all()
     torch.testing.assert_close(out.embedding, step(z, v, 1.0))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_a_gate_by_itself_is_computed_in_float32(autocast: bool) -> None:
+    torch.manual_seed(0)
+    gate, z, r = ConflictAwareGate(16), torch.randn(8, 16), torch.randn(8, 16)
+    if not autocast:
+        gate, z, r = gate.bfloat16(), z.bfloat16(), r.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = gate(z, r)
+    assert torch.equal(found, gate.float()(z.float(), r.float()))
 
 
 @pytest.mark.parametrize("angle", [0.02, 0.1, 1.0])
@@ -245,6 +256,20 @@ def test_injection_leaves_out_what_is_not_there() -> None:
     image_only = FUSION_VARIANTS["image-only"].build(6, 8).double()(z, z, tokens, tokens)
     assert image_only.image is not None
     assert image_only.text is None
+
+
+def test_padding_of_texts_reaches_the_text_block_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, t = unit(3, 6, generator), unit(3, 6, generator)
+    patches, words = torch.randn(2, 3, 5, 8, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[True] * n + [False] * (5 - n) for n in (5, 2, 1)])
+    injection = Injection(6, 8)
+    injection.image, injection.text = (random_block(6, FusionStages(), seed) for seed in (0, 1))
+    image, text = injection(z, t, patches, words.masked_fill(~mask[:, :, None], torch.nan), mask)
+    assert image is not None
+    assert text is not None
+    torch.testing.assert_close(image.embedding, injection.image(z, patches, t).embedding)
+    torch.testing.assert_close(text.embedding, injection.text(t, words, z, mask).embedding)
 
 
 # ---------------------------------------------------------------- (a), through a real trunk
