@@ -292,6 +292,7 @@ def _on_two_processes(
 def _in_a_group_of_its_own(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     rank = dist.get_rank()
     group = [dist.new_group([0]), dist.new_group([1])][rank]
+    assert isinstance(group, dist.ProcessGroup)
     loss = GramLoss("batch", distributed=True, process_group=group)
     return value_and_gradient(loss, student.chunk(2)[rank], teacher.chunk(2)[rank])
 

@@ -75,7 +75,9 @@ def test_likelihood_ignores_autocast(
         tables = Transitions(*leaves[1:]) if p.transitions else None
         with torch.autocast("cpu", autocast, enabled=enabled):
             value = plackett_luce_nll(leaves[0], p.ranking, tables, mask=p.mask, impl=impl)
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
+            with torch.no_grad():  # another op
+                alone = plackett_luce_nll(leaves[0], p.ranking, tables, mask=p.mask, impl=impl)
+        return [alone, value.detach(), *torch.autograd.grad(value, leaves)]
 
     assert_equal_bits(run(True), run(False))
 
