@@ -117,7 +117,7 @@ def ranking_task(model: nn.Module, loss: nn.Module, **keywords: Any) -> nn.Modul
     among `_get_fsdp_shard_modules()` too.
 
     Args:
-        model: of open_clip, built with output_dict=True.
+        model: a model of open_clip, built with output_dict=True.
         loss: `HighOrderPLLoss` or `SigLipRankingLoss`.
         **keywords: `CLIPTask`'s others, `device`, `dtype`, `verbose`.
 
