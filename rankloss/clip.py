@@ -113,7 +113,8 @@ def streamed_info_nce(
     """Return `info_nce(scale * anchors @ candidates.T + bias, labels, positive_mask(ids, labels))`.
 
     Logits exist a chunk of anchors at a time and again in the backward pass. Plain cross-entropy
-    is left to `torch.nn.functional.linear_cross_entropy` where this torch has it.
+    is left to `torch.nn.functional.linear_cross_entropy` where this torch has it. Products follow
+    `torch.set_float32_matmul_precision`.
 
     Args:
         anchors, candidates: (N, D) and (M, D), float32 or float64.

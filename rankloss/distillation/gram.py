@@ -57,7 +57,8 @@ class GramLoss(HoldsProcessGroup, nn.Module):
 
     Source: DINOv3 section "Gram anchoring", in the mean form of its code (the paper's sum over
     pairs is P^2 times it), to which its weights belong. Zero rows have similarity 0 and receive
-    no gradient.
+    no gradient. In PyTorch's implementations products follow
+    `torch.set_float32_matmul_precision`; cosines of patches need no more than TF32.
 
     Args:
         level: "image": pairs within an image; "batch": all pairs of the batch.
