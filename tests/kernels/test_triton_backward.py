@@ -219,7 +219,7 @@ def test_gradients_of_tables_by_chunks(
 
 def test_half_precision_gradients_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 equal anchors, one a chunk: 48 times one's gradient. Each rounding to half would show."""
-    one = make_inputs(1, 2, 2, 2, dtype=torch.float16)
+    one = make_inputs(1, 4, 4, 2, dtype=torch.float16)
     rows = (x.expand(48, *x.shape[1:]) for x in one[:3])
     inputs = Inputs(*[*rows, *one[3:]])
     monkeypatch.setattr(high_order.Sizes, "chunk", lambda *_, **__: 1)
