@@ -93,6 +93,7 @@ def run(chosen: Sequence[AnyCase], providers: Sequence[Provider], settings: Sett
 
 
 def write(machine: dict[str, Any], rows: Sequence[Row], options: argparse.Namespace) -> None:
+    machine, rows = from_json(to_json(machine, rows, ()))  # tables of the digits that are written
     verdicts = targets(rows)
     print(report.targets_text(verdicts))
     for file, write in (
