@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from examples.cc3m.files import UserError, write_atomically, write_json
+from examples.common.files import UserError, write_atomically, write_json
 
 LOG = logging.getLogger(__name__)
 IN_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from examples.cc3m.files import UserError
 from examples.cc3m.loader import ShardLoader
-from examples.cc3m.parallel import Parallel, StopRequest
 from examples.cc3m.settings import DTYPES, EvaluationSettings, Precision
-from examples.cc3m.shards import expand_shards
-from examples.cc3m.zero_shot import Classification, in_step, zero_shot
+from examples.common.files import UserError
+from examples.common.parallel import Parallel
+from examples.common.shards import expand_shards
+from examples.common.signals import StopRequest
 from examples.evaluation.gap import alignment, modality_gap, uniformity
 from examples.evaluation.retrieval import retrieval
+from examples.evaluation.zero_shot import Classification, in_step, zero_shot
 
 Item = TypeVar("Item")
 Transform = Callable[[Image.Image], Tensor]

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from examples.cc3m.extraction import PRECISIONS, Extractor, fit_pca, to_half
 from examples.cc3m.features import FeatureFolder
-from examples.cc3m.files import UserError, claim_directory, write_atomically, write_json
-from examples.cc3m.shards import Failures, count_samples, expand_shards, read_shard, unusable
+from examples.common.files import UserError, claim_directory, write_atomically, write_json
+from examples.common.shards import Failures, count_samples, expand_shards, read_shard, unusable
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.cc3m.files import UserError
-from examples.cc3m.shards import Failures, decode_image, read_shard
+from examples.common.files import UserError
+from examples.common.shards import Failures, decode_image, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher, TeacherFeatures
 

@@ -26,7 +26,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
-from examples.cc3m.files import UserError, read_json, write_atomically, write_json
+from examples.common.files import UserError, read_json, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 SUFFIXES = ("patches.npy", "cls.npy")

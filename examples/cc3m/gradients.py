@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from examples.cc3m.loader import Batch
 from examples.cc3m.monitor import Clock, Stamp
-from examples.cc3m.parallel import Parallel, Sharding, distribute
 from examples.cc3m.settings import DTYPES, Precision
+from examples.common.parallel import Parallel, Sharding, distribute
 from rankloss import DinoRankCLIP
 from rankloss.grad_cache import GradCache
 

@@ -8,14 +8,11 @@ cannot be read are counted and left out.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing
 import random
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,9 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from examples.cc3m.features import FeatureReader, Features
-from examples.cc3m.files import UserError
-from examples.cc3m.parallel import SIGNALS
-from examples.cc3m.shards import (
+from examples.common.files import UserError
+from examples.common.shards import (
     Failures,
     SampleError,
     count_samples,
@@ -39,6 +35,7 @@ from examples.cc3m.shards import (
     read_shard,
     unusable,
 )
+from examples.common.signals import prepare_worker
 
 LOG = logging.getLogger(__name__)
 FREE_FAILURES = 20
@@ -511,26 +508,6 @@ def _seeded(name: str) -> Iterator[None]:
     finally:
         random.setstate(python)
         generator.set_state(state)
-
-
-def prepare_worker(_: int) -> None:
-    """Leave signals, which reach the whole process group, to the process that trains."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def end_workers() -> None:
-    """Kill the processes that read; multiprocessing asks them by SIGTERM and then waits for ever.
-
-    It runs before multiprocessing's own exit handler, because it was registered after it.
-    """
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-atexit.register(end_workers)
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -27,19 +27,13 @@ from examples.cc3m.checkpoint import (
     strip,
     training_tensors,
 )
-from examples.cc3m.files import UserError
 from examples.cc3m.gradients import Gradients
 from examples.cc3m.loader import Batch, Position, ShardLoader, on_device
 from examples.cc3m.monitor import Clock, CollectiveTime, peak_memory
-from examples.cc3m.parallel import (
-    Interrupted,
-    Parallel,
-    StopRequest,
-    generator_states,
-    restore_generators,
-    seed_generators,
-)
 from examples.cc3m.settings import TrainSettings
+from examples.common.files import UserError
+from examples.common.parallel import Parallel, generator_states, restore_generators, seed_generators
+from examples.common.signals import Interrupted, StopRequest
 from rankloss import DinoRankCLIP
 
 LOG = logging.getLogger(__name__)

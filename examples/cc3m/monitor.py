@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from examples.cc3m.files import UserError, write_atomically, write_text
+from examples.common.files import UserError, write_atomically, write_text
 
 LOG = logging.getLogger(__name__)
 Stamp = float | torch.cuda.Event

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 from rankloss import DinoRankCLIP
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from examples.cc3m.files import UserError
-from examples.cc3m.parallel import Sharding
 from examples.cc3m.recipe import load_recipe, recipe_names
+from examples.common.files import UserError
+from examples.common.parallel import Sharding
 
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}

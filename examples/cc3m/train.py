@@ -49,11 +49,9 @@ from torch.distributed.tensor import DTensor
 from examples.cc3m.checkpoint import export, whole_state
 from examples.cc3m.evaluation import Evaluator
 from examples.cc3m.features import FeatureReader
-from examples.cc3m.files import UserError, claim_directory, locked, read_json, write_text
-from examples.cc3m.loader import ShardLoader, end_workers
+from examples.cc3m.loader import ShardLoader
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import RunLog, import_wandb, save_curves
-from examples.cc3m.parallel import Interrupted, Parallel, StopRequest, running, seed_generators
 from examples.cc3m.recipe import (
     build_tokenizer,
     build_towers,
@@ -63,8 +61,11 @@ from examples.cc3m.recipe import (
     student_options,
 )
 from examples.cc3m.settings import CHANGEABLE, RunSettings, parse
-from examples.cc3m.shards import count_samples, expand_shards
-from examples.cc3m.zero_shot import Stopped
+from examples.common.files import UserError, claim_directory, locked, read_json, write_text
+from examples.common.parallel import Parallel, running, seed_generators
+from examples.common.shards import count_samples, expand_shards
+from examples.common.signals import Interrupted, StopRequest, end_workers
+from examples.evaluation.zero_shot import Stopped
 from rankloss import DinoRankCLIP
 
 LOG = logging.getLogger(__name__)

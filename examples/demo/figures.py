@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.cc3m.files import write_atomically
+from examples.common.files import write_atomically
 from examples.demo.measures import Metric, mean_and_spread
 from examples.demo.report import TrainedRow
 from examples.demo.scene_shards import Picture

@@ -27,12 +27,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from examples.cc3m.files import UserError, write_json, write_text
 from examples.cc3m.loop import Trainer
-from examples.cc3m.parallel import Interrupted, StopRequest, running
 from examples.cc3m.recipe import build_tokenizer, build_transform, load_recipe, model_config
 from examples.cc3m.settings import RunSettings, TrainSettings
 from examples.cc3m.train import Run
+from examples.common.files import UserError, write_json, write_text
+from examples.common.parallel import running
+from examples.common.signals import Interrupted, StopRequest
 from examples.demo.figures import EXAMPLES, save_figure
 from examples.demo.measures import (
     Metric,

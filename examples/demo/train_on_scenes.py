@@ -18,8 +18,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from examples.cc3m import train
-from examples.cc3m.files import UserError, replaced_directory
 from examples.cc3m.recipe import load_recipe, model_config
+from examples.common.files import UserError, replaced_directory
 from examples.demo.scene_shards import SceneSettings, prepare_scenes, read_pictures, shard_range
 from examples.demo.teacher import TeacherSettings, extract_features
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 from examples.evaluation.commands import COMMANDS, Result
 from examples.evaluation.models import load_model
 from examples.evaluation.report import Table, write_report

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from examples.cc3m.files import UserError
-from examples.cc3m.zero_shot import Classification, zero_shot
+from examples.common.files import UserError
 from examples.evaluation.data import captioned, classification, open_image, read_rows
 from examples.evaluation.gap import gap_curve, gap_measures
 from examples.evaluation.models import Model, batches, encode_pairs
 from examples.evaluation.probes import Labelled, knn, linear_probe
 from examples.evaluation.retrieval import graded_agreement, retrieval
+from examples.evaluation.zero_shot import Classification, zero_shot
 
 
 @dataclass(frozen=True)

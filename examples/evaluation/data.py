@@ -13,9 +13,9 @@ import open_clip
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.files import UserError
-from examples.cc3m.shards import Failures, decode_image, expand_shards, read_shard
-from examples.cc3m.zero_shot import Classification
+from examples.common.files import UserError
+from examples.common.shards import Failures, decode_image, expand_shards, read_shard
+from examples.evaluation.zero_shot import Classification
 
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
 """Files of ObjectNet's own `mappings` folder."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 
 Item = TypeVar("Item")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.cc3m.files import write_atomically, write_json, write_text
+from examples.common.files import write_atomically, write_json, write_text
 
 
 @dataclass(frozen=True)

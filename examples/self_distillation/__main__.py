@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.cc3m.files import UserError
-from examples.cc3m.parallel import Interrupted, StopRequest
+from examples.common.files import UserError
+from examples.common.signals import Interrupted, StopRequest
 from examples.self_distillation.settings import Settings
 from examples.self_distillation.train import train
 

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.cc3m.files import write_atomically
-from examples.cc3m.parallel import seed_generators
+from examples.common.files import write_atomically
+from examples.common.parallel import seed_generators
 from examples.demo.captions import caption
 from examples.demo.scene_shards import SceneSettings, heldout_scenes, train_scenes
 from examples.demo.scenes import Scene

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.cc3m.checkpoint import Checkpoints, restore_training, training_tensors
-from examples.cc3m.files import (
+from examples.common.files import (
     RUN_FILES,
     claim_directory,
     read_json,
     write_atomically,
     write_json,
 )
-from examples.cc3m.parallel import Interrupted, StopRequest, seed_generators
+from examples.common.parallel import seed_generators
+from examples.common.signals import Interrupted, StopRequest
 from examples.demo.drawing import draw
 from examples.demo.scene_shards import SceneSettings, train_scenes
 from examples.self_distillation.backbone import Network

@@ -20,8 +20,8 @@ from examples.cc3m.checkpoint import (
     restore_training,
     training_tensors,
 )
-from examples.cc3m.files import UserError
-from examples.cc3m.parallel import generator_states, restore_generators
+from examples.common.files import UserError
+from examples.common.parallel import generator_states, restore_generators
 from rankloss import GramAnchor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
 from examples.cc3m.checkpoint import Checkpoints
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 there = Checkpoints(Path(sys.argv[1]))
 there.save(1, {{"x": torch.ones(3)}}, {{"step": 1}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -151,7 +151,7 @@ def test_the_file_is_on_disk_before_it_has_its_name(
             events.append(name)
             return plain(*args)  # type: ignore[operator]
 
-        monkeypatch.setattr(f"examples.cc3m.files.os.{name}", noted)
+        monkeypatch.setattr(f"examples.common.files.os.{name}", noted)
     Checkpoints(tmp_path).save(1, tensors(1), {})
     assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from examples.cc3m.files import UserError
 from examples.cc3m.monitor import RunLog, line, save_curves
 from examples.cc3m.recipe import (
     TINY_CLIP,
@@ -20,10 +19,11 @@ from examples.cc3m.recipe import (
     build_transform,
     load_recipe,
 )
-from examples.cc3m.zero_shot import Classification, Stopped, zero_shot
+from examples.common.files import UserError
 from examples.demo.measures import match_ranks
 from examples.evaluation.gap import alignment, modality_gap, uniformity
 from examples.evaluation.retrieval import retrieval
+from examples.evaluation.zero_shot import Classification, Stopped, zero_shot
 from rankloss import DinoRankCLIP
 
 

@@ -24,8 +24,8 @@ from examples.cc3m import extraction
 from examples.cc3m.extract_dinov3 import main
 from examples.cc3m.extraction import sample_images, to_half
 from examples.cc3m.features import FeatureReader
-from examples.cc3m.files import UserError, read_json
-from examples.cc3m.shards import Failures, count_samples, read_shard
+from examples.common.files import UserError, read_json
+from examples.common.shards import Failures, count_samples, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.files import UserError
 from examples.cc3m.loader import Position, ShardLoader, ShardOrder
 from examples.cc3m.monitor import peak_memory
-from examples.cc3m.shards import (
+from examples.common.files import UserError
+from examples.common.shards import (
     MOST_PIXELS,
     Failures,
     SampleError,

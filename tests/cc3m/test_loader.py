@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.files import UserError
 from examples.cc3m.loader import Batch, Position, ShardLoader
-from examples.cc3m.shards import count_samples, expand_shards
+from examples.common.files import UserError
+from examples.common.shards import count_samples, expand_shards
 
 PER_SHARD, SHARDS = 8, 3
 

@@ -16,8 +16,8 @@ from torch.nn.functional import avg_pool2d
 
 from examples.cc3m import extract_dinov3
 from examples.cc3m.features import FeatureFolder, FeatureReader
-from examples.cc3m.files import UserError, write_json
 from examples.cc3m.loader import Batch, Position, ShardLoader
+from examples.common.files import UserError, write_json
 from rankloss.fusion import TeacherFeatures
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2

@@ -13,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from examples.cc3m.checkpoint import Checkpoints
-from examples.cc3m.files import UserError
 from examples.cc3m.gradients import Gradients
 from examples.cc3m.loader import Batch, Position, ShardOrder
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
-from examples.cc3m.parallel import Interrupted, Parallel, StopRequest, running
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
+from examples.common.files import UserError
+from examples.common.parallel import Parallel, running
+from examples.common.signals import Interrupted, StopRequest
 from rankloss import DinoRankCLIP
 from tests.helpers.processes import ProcessGroup
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 from torch import nn
 
-from examples.cc3m.files import UserError
 from examples.cc3m.recipe import (
     RECIPES,
     SMALL_CLIP,
@@ -21,6 +20,7 @@ from examples.cc3m.recipe import (
     load_recipe,
     recipe_names,
 )
+from examples.common.files import UserError
 from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, RankCLIPLoss, SigLipLoss
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS

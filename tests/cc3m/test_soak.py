@@ -19,7 +19,7 @@ from tests.helpers.shards import write_pairs
 
 FAULTS = """
 import errno, random
-from examples.cc3m import checkpoint, files, loader
+from examples.cc3m import checkpoint
 fault = os.environ["FAULT"]
 times = {"left": 1}
 def once(error, plain):

@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from examples.cc3m import extract_dinov3
 from examples.cc3m.checkpoint import Checkpoint, Checkpoints
-from examples.cc3m.files import UserError
 from examples.cc3m.settings import parse
 from examples.cc3m.train import main
+from examples.common.files import UserError
 from rankloss import DinoRankCLIP
 from tests.helpers.programs import Programs, Running
 from tests.helpers.shards import write_classes, write_pairs

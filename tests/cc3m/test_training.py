@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from examples.cc3m.checkpoint import Checkpoints, load_tensors, save_tensors
-from examples.cc3m.files import (
+from examples.cc3m.loader import Batch, Position, ShardOrder
+from examples.cc3m.loop import MAX_SCALE, NotFinite, Trainer, learning_rate, parameter_groups
+from examples.cc3m.settings import TrainSettings
+from examples.common.files import (
     SettingsChanged,
     UserError,
     claim_directory,
     locked,
     write_atomically,
 )
-from examples.cc3m.loader import Batch, Position, ShardOrder
-from examples.cc3m.loop import MAX_SCALE, NotFinite, Trainer, learning_rate, parameter_groups
-from examples.cc3m.parallel import Interrupted, StopRequest, seed_generators
-from examples.cc3m.settings import TrainSettings
+from examples.common.parallel import seed_generators
+from examples.common.signals import Interrupted, StopRequest
 from rankloss import ClipLoss, DinoRankCLIP, HighOrderPLLoss
 
 WIDTH, STEPS = 4, 6

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.cc3m.files import UserError
 from examples.cc3m.loader import Batch
 from examples.cc3m.loop import Trainer
 from examples.cc3m.recipe import load_recipe
+from examples.common.files import UserError
 from examples.demo.run import FAST, RECIPES, main
 from examples.demo.scene_shards import prepare_scenes
 from examples.demo.teacher import TeacherSettings, describe, extract_features

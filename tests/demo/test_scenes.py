@@ -12,7 +12,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 from examples.demo.captions import BESIDE, WORDS, caption
 from examples.demo.drawing import draw
 from examples.demo.scene_shards import (

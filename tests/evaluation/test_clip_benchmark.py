@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.zero_shot import zero_shot
 from examples.evaluation.models import Model, encode_pairs
 from examples.evaluation.retrieval import retrieval
+from examples.evaluation.zero_shot import zero_shot
 
 IMAGES, CAPTIONS, WORDS = 40, 5, 4999
 RETRIEVAL = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 from examples.evaluation.data import captioned, classification, read_rows, subset, synsets
 
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("lightly", reason="the extra `self_distillation` is not installed")
 
-from examples.cc3m.parallel import Interrupted, StopRequest
+from examples.common.signals import Interrupted, StopRequest
 from examples.demo.scene_shards import SceneSettings
 from examples.self_distillation.__main__ import main
 from examples.self_distillation.backbone import Backbone, Network

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
-from examples.cc3m.files import UserError
-from examples.cc3m.loader import prepare_worker
-from examples.cc3m.parallel import Parallel
-from examples.cc3m.shards import Failures, decode_image, expand_shards, read_shard
+from examples.common.files import UserError
+from examples.common.parallel import Parallel
+from examples.common.shards import Failures, decode_image, expand_shards, read_shard
+from examples.common.signals import prepare_worker
 
 Item = TypeVar("Item")
 ALONE = Parallel()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 
 Sharding = Literal["ddp", "fsdp2"]
 CPU = torch.device("cpu")
@@ -213,63 +211,3 @@ def restore_generators(states: dict[str, Tensor]) -> None:
     np.random.set_state((*state, float(states["numpy_gauss"])))  # noqa: NPY002
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-# ---------------------------------------------------------------- stopping
-
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)  # Windows has but the first two
-)
-
-
-class Interrupted(Exception):
-    """Training stopped on request, after saving a checkpoint."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class StopRequest:
-    """Remembers that a signal asked to stop after the current step.
-
-    SIGTERM, SIGUSR1 and SIGHUP may come any number of times (a cluster sends one to every process,
-    and torchrun passes it on once more). A second Ctrl-C has its usual effect, except while a
-    checkpoint is written.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self.saving = False
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    @property
-    def wanted(self) -> bool:
-        """Say if a signal came, or if torchrun, which started this process, is gone."""
-        if self._parent is not None and os.getppid() != self._parent:
-            self.signal_number = self.signal_number or signal.SIGTERM
-        return self.signal_number is not None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Handle signals here; only the main thread can, elsewhere nothing happens."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-
-        def remember(number: int, _: object) -> None:
-            again = number == signal.SIGINT == self.signal_number
-            self.signal_number = number
-            if again and not self.saving:
-                raise KeyboardInterrupt
-
-        for number in before:
-            signal.signal(number, remember)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
