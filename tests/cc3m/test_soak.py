@@ -19,12 +19,13 @@ from tests.helpers.shards import write_pairs
 
 FAULTS = """
 import errno, random
+dice = random.Random()  # its own: the run's generators are saved with it
 from examples.cc3m import checkpoint
 fault = os.environ["FAULT"]
 times = {"left": 1}
 def once(error, plain):
     def wrapped(*a, **k):
-        if times["left"] and random.random() < 0.3:
+        if times["left"] and dice.random() < 0.3:
             times["left"] -= 1
             raise OSError(error, os.strerror(error))
         return plain(*a, **k)
