@@ -149,10 +149,10 @@ def warm(work: tuple[Any, str]) -> dict[str, Any]:
     """Compile every kernel of one case, launching none."""
     import torch
 
-    from benchmarks.launches import recorded
     from rankloss.kernels import high_order
     from rankloss.kernels.configurations import architecture
     from rankloss.kernels.signature import Lists
+    from tests.helpers.launches import recorded
 
     case, name = work
     dtype = getattr(torch, name)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import aot
-from benchmarks.aot import Row, faults
-from benchmarks.binaries import SHARED_LIMITS, count_spills, innermost_loops, narrow_products
+from tests.helpers import aot
+from tests.helpers.aot import Row, faults
+from tests.helpers.binaries import SHARED_LIMITS, count_spills, innermost_loops, narrow_products
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs Triton")
 
@@ -89,7 +89,7 @@ def test_both_passes_together(rows: Rows) -> None:
 MUTANTS = r"""
 import importlib.util, json, sys
 from pathlib import Path
-from benchmarks.aot import Cell, examine, faults
+from tests.helpers.aot import Cell, examine, faults
 from rankloss.kernels import high_order
 from rankloss.kernels.configurations import Plan, Tile
 
