@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from examples.cc3m.loader import ShardLoader
 from examples.cc3m.settings import DTYPES, EvaluationSettings, Precision
 from examples.common.files import UserError
+from examples.common.images import CentreCrop
 from examples.common.parallel import Parallel
 from examples.common.shards import expand_shards
 from examples.common.signals import StopRequest
@@ -24,7 +24,6 @@ from examples.evaluation.retrieval import retrieval
 from examples.evaluation.zero_shot import Classification, in_step, zero_shot
 
 Item = TypeVar("Item")
-Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 
 
@@ -33,7 +32,7 @@ class Evaluator:
 
     Args:
         settings: what is measured, on which data.
-        transform: PIL RGB -> (3, H, W), without augmentation.
+        transform: shows images without augmentation.
         tokenize: captions -> (B, L) int64.
         parallel: processes among which the data are divided.
         precision: that of the model, as in training.
@@ -46,7 +45,7 @@ class Evaluator:
     def __init__(
         self,
         settings: EvaluationSettings,
-        transform: Transform,
+        transform: CentreCrop,
         tokenize: Tokenize,
         parallel: Parallel,
         precision: Precision = "fp32",

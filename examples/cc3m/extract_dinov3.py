@@ -25,15 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.cc3m.extraction import PRECISIONS, Extractor, fit_pca, to_half
-from examples.cc3m.features import FeatureFolder
+from examples.cc3m.features import FORMAT, FeatureFolder
 from examples.common.files import UserError, claim_directory, write_atomically, write_json
 from examples.common.shards import Failures, count_samples, expand_shards, read_shard, unusable
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
-
-FORMAT = 1
-"""Raise it whenever features of the same settings change."""
-
 
 WRITTEN = ("settings.json", "manifest.json", "pca.*", "*.tar", "*_stats.json")
 """All that extraction writes into its folder of features, and all that --fresh removes there."""
@@ -267,7 +263,7 @@ def _manifest(
     side = resolution // teacher.patch_size
     return {
         **{name: value for name, value in settings.items() if name != "pca"},
-        "transform": "shorter side to the resolution (bicubic), cropped at the centre",
+        "transform": "the whole image, resized to a square (bicubic)",
         "mean": list(teacher.mean),
         "std": list(teacher.std),
         "patch_size": teacher.patch_size,

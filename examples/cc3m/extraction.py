@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.common.files import UserError
-from examples.common.shards import Failures, decode_image, read_shard
+from examples.common.images import decode_image
+from examples.common.shards import Failures, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher, TeacherFeatures
 
@@ -31,7 +32,7 @@ class Extractor:
 
     Args:
         teacher: on its device.
-        resolution: images are resized to it by their shorter side and cropped at the centre.
+        resolution: side of the square that whole images are resized to.
         batch_size: images in a batch; batches do not span shards, so that a run that is resumed
             computes exactly what one that was not would have.
         workers: threads that decode.
@@ -49,7 +50,7 @@ class Extractor:
         self.teacher, self.batch_size = teacher, batch_size
         self.autocast = PRECISIONS[precision]
         self.device = next(teacher.parameters()).device
-        self.transform = open_clip.image_transform(resolution, is_train=False)
+        self.transform = open_clip.image_transform(resolution, is_train=False, resize_mode="squash")
         self.pool = ThreadPoolExecutor(workers)
 
     def batches(

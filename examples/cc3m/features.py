@@ -28,6 +28,8 @@ from torch import Tensor
 
 from examples.common.files import UserError, read_json, write_atomically, write_json
 
+FORMAT = 2
+"""Raise it whenever features of the same settings change."""
 MANIFEST = "manifest.json"
 SUFFIXES = ("patches.npy", "cls.npy")
 
@@ -139,19 +141,27 @@ class FeatureReader:
     """Features by image shard and key, from anywhere in a shard, in any process.
 
     A training loader looks up `reader.of(sample)` for a sample of `read_shard`, after shuffling.
-    Images must then be cropped as the features were: resized and cropped at the centre (open_clip's
-    transform for evaluation), for a random crop shows other patches than the teacher saw.
+    Features are those of the whole image: what is cropped from it is cut from their grid by
+    `examples.common.images.cut_grid`.
 
     Args:
         directory: a folder of features.
         open_shards: shards kept open.
+        least_resolution: pixels that the teacher saw of an image's side, at least.
         expected: entries the manifest must have, for example resolution=224, dim=256.
 
     Raises:
         UserError: no features there, or others than expected.
     """
 
-    def __init__(self, directory: Path, *, open_shards: int = 8, **expected: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        open_shards: int = 8,
+        least_resolution: int = 0,
+        **expected: object,
+    ) -> None:
         self.folder = FeatureFolder(directory)
         if not self.folder.manifest.exists():
             raise UserError(f"{directory} has no {MANIFEST}; run examples.cc3m.extract_dinov3")
@@ -159,9 +169,30 @@ class FeatureReader:
         wrong = {k: self.manifest.get(k) for k in expected if self.manifest.get(k) != expected[k]}
         if wrong:
             raise UserError(f"features in {directory} have {wrong}, but {expected} was expected")
+        if self.manifest["format"] != FORMAT:
+            raise UserError(
+                f"features in {directory} are of an older format, which shows the centre of images "
+                "only; run examples.cc3m.extract_dinov3 with --fresh"
+            )
+        if self.manifest["resolution"] < least_resolution:
+            raise UserError(
+                f"features in {directory} are of images at {self.manifest['resolution']} pixels, "
+                f"fewer than the model's {least_resolution}; extract them with --resolution "
+                f"{least_resolution} or more"
+            )
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         self._open_shards = open_shards
+
+    def grid_at(self, size: int) -> tuple[int, int]:
+        """Return the teacher's grid of an image of size x size pixels."""
+        side = max(1, size // self.manifest["patch_size"])
+        return side, side
+
+    def nbytes(self, grid: tuple[int, int]) -> int:
+        """Return the bytes of an image's features, of which patches fill such a grid."""
+        numbers = grid[0] * grid[1] * int(self.manifest["dim"]) + int(self.manifest["cls_dim"])
+        return numbers * torch.float16.itemsize
 
     def of(self, sample: dict[str, Any]) -> Features:
         """Features of a webdataset sample, which knows its shard and key.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.cc3m.loader import Batch
+from examples.cc3m.batch import Batch
 from examples.cc3m.monitor import Clock, Stamp
 from examples.cc3m.settings import DTYPES, Precision
 from examples.common.parallel import Parallel, Sharding, distribute

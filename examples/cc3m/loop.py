@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from examples.cc3m.batch import Batch, on_device
 from examples.cc3m.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -28,8 +29,9 @@ from examples.cc3m.checkpoint import (
     training_tensors,
 )
 from examples.cc3m.gradients import Gradients
-from examples.cc3m.loader import Batch, Position, ShardLoader, on_device
+from examples.cc3m.loader import ShardLoader
 from examples.cc3m.monitor import Clock, CollectiveTime, peak_memory
+from examples.cc3m.positions import Position
 from examples.cc3m.settings import TrainSettings
 from examples.common.files import UserError
 from examples.common.parallel import Parallel, generator_states, restore_generators, seed_generators

@@ -15,10 +15,10 @@ from typing import Any
 import open_clip
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor
 
 from examples.common.files import UserError
+from examples.common.images import CentreCrop
 from rankloss import DinoRankCLIP
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS
@@ -203,11 +203,9 @@ def build_towers(
     return towers
 
 
-def build_transform(config: dict[str, Any], *, train: bool) -> Callable[[Image.Image], Tensor]:
-    """Return open_clip's transform: PIL RGB -> (3, H, W) float32, normalised."""
-    size = config["vision_cfg"]["image_size"]
-    transform: Callable[[Image.Image], Tensor] = open_clip.image_transform(size, is_train=train)
-    return transform
+def build_transform(config: dict[str, Any]) -> CentreCrop:
+    """Return open_clip's transform for evaluation: PIL RGB -> (3, H, W) float32, normalised."""
+    return CentreCrop(config["vision_cfg"]["image_size"])
 
 
 def build_tokenizer(config: dict[str, Any]) -> Callable[[list[str]], Tensor]:

@@ -193,7 +193,7 @@ class RunSettings:
         change: go on with other settings, of those that may change: data, samples, and train's
             epochs, batch-size, learning-rate, weight-decay, warmup-steps, clip-norm, precision.
         resample: draw shards with replacement, instead of reading each once an epoch.
-        augment: crop training images at random, unless a teacher's features are used.
+        augment: crop training images at random, a teacher's features with them.
         shuffle: samples in each reader's shuffle buffer.
         workers: processes that read for each training process.
         prefetch: batches that each of them decodes ahead.

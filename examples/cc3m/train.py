@@ -62,6 +62,7 @@ from examples.cc3m.recipe import (
 )
 from examples.cc3m.settings import CHANGEABLE, RunSettings, parse
 from examples.common.files import UserError, claim_directory, locked, read_json, write_text
+from examples.common.images import CentreCrop, RandomCrop
 from examples.common.parallel import Parallel, running, seed_generators
 from examples.common.shards import count_samples, expand_shards
 from examples.common.signals import Interrupted, StopRequest, end_workers
@@ -114,7 +115,7 @@ class Run(contextlib.ExitStack):
         self.planned = self._plan()
         self.evaluator = Evaluator(
             settings.evaluation,
-            build_transform(self.config, train=False),
+            build_transform(self.config),
             build_tokenizer(self.config),
             parallel,
             settings.train.precision,
@@ -131,10 +132,11 @@ class Run(contextlib.ExitStack):
                 "with examples.cc3m.extract_dinov3, then pass --features FOLDER"
             )
         size = self.config["vision_cfg"]["image_size"]
-        return FeatureReader(self.settings.features, resolution=size)
+        return FeatureReader(self.settings.features, least_resolution=size)
 
     def _loader(self, part: int) -> ShardLoader:
         settings, parallel = self.settings, self.parallel
+        size = self.config["vision_cfg"]["image_size"]
         example = "--data 'folder/{00000..00331}.tar'"
         if not settings.data:
             raise UserError(f"no image-text shards to train on; pass {example}")
@@ -145,8 +147,7 @@ class Run(contextlib.ExitStack):
         try:
             return ShardLoader(
                 shards,
-                # the teacher saw the centre; a random crop would show other patches
-                build_transform(self.config, train=settings.augment and self.features is None),
+                RandomCrop(size) if settings.augment else CentreCrop(size),
                 build_tokenizer(self.config),
                 part,
                 shuffle=settings.shuffle,
@@ -155,6 +156,7 @@ class Run(contextlib.ExitStack):
                 rank=parallel.rank,
                 world_size=parallel.world_size,
                 features=self.features,
+                grid=None if self.features is None else self.features.grid_at(size),
                 resample=settings.resample,
                 max_broken=settings.max_broken,
                 prefetch=settings.prefetch,
@@ -284,7 +286,7 @@ class Run(contextlib.ExitStack):
             self.planned,
             settings.out / "checkpoints",
             parallel,
-            teacher_grid=None if self.features is None else self.features.grid,
+            teacher_grid=self.loader.grid,
             change=settings.change,
         )
         log = self._log(trainer)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import logging
 import os
+import random
 import re
 import tarfile
 import zlib
@@ -16,20 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset as wds
-from PIL import Image, ImageOps
 
 LOG = logging.getLogger(__name__)
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-SMALLEST_SIDE = 2
-"""Pixels; web pages count their readers with images of one."""
-MOST_PIXELS = 25_000_000
-"""Pixels of an image; decoding one takes up to 12 bytes for each."""
 MOST_BYTES = 1 << 26
 """Bytes of a file in a tar."""
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Decoders that may run, whatever a file is called."""
 REPAIRED = frozenset({"colour mode", "file too large"})
 """Kinds of faults that cost no sample by themselves."""
 
@@ -139,72 +130,40 @@ def _promised(shard: str) -> int:
         return 0
 
 
-def decode(sample: dict[str, Any], failures: Failures | None = None) -> tuple[Image.Image, str]:
-    """RGB image and caption.
+def decode_caption(sample: dict[str, Any], source: str = "txt") -> str:
+    """Return a caption of a sample.
 
     Args:
         sample: one that `read_shard` gave.
-        failures: counts what was repaired.
+        source: "txt", the sample's text; or "json" and the names and places that lead to the
+            caption in the sample's record, e.g. "json.synthetic" or "json.captions.0". Of a list
+            one is drawn, by Python's generator.
 
     Raises:
-        SampleError: the sample cannot be used.
+        SampleError: there is none, or it is empty or no text.
     """
-    return decode_image(sample, failures), decode_caption(sample)
-
-
-def decode_caption(sample: dict[str, Any]) -> str:
-    if "txt" not in sample:
+    suffix, *path = source.split(".")
+    if suffix not in sample:
         raise SampleError("no caption", sample)
     try:
-        text: str = sample["txt"].decode("utf-8")
-    except UnicodeDecodeError as error:
+        text: Any = sample[suffix].decode("utf-8")
+        text = _found(json.loads(text), path) if path else text
+    except (KeyError, IndexError) as error:
+        raise SampleError("no caption", sample) from error
+    except (ValueError, TypeError) as error:  # no UTF-8, no JSON, or something else than a record
         raise SampleError("broken caption", sample) from error
+    if not isinstance(text, str):
+        raise SampleError("no caption" if text is None else "broken caption", sample)
     if not text.strip():
         raise SampleError("empty caption", sample)
     return text
 
 
-def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Image.Image:
-    """Decode the image to RGB: transparent becomes white, 16 bits a channel become 8.
-
-    It is turned as its EXIF says. Format and size are looked at before anything is decoded.
-
-    Raises:
-        SampleError: there is none, or it cannot be used.
-    """
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if suffix is None:
-        raise SampleError("no image", sample)
-    try:
-        image = Image.open(io.BytesIO(sample[suffix]), formats=FORMATS)
-        kind = _wrong_size(*image.size)
-        if kind is None:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise SampleError("image too large", sample) from error
-    except Exception as error:  # whatever its bytes make a decoder raise
-        raise SampleError("broken image", sample) from error
-    if kind is not None:
-        raise SampleError(kind, sample)
-    if image.mode not in ("RGB", "L") and failures is not None:
-        failures.add("colour mode", sample["__key__"])
-    return _to_rgb(image)
-
-
-def _wrong_size(width: int, height: int) -> str | None:
-    if min(width, height) < SMALLEST_SIDE:
-        return "image too small"
-    return "image too large" if width * height > MOST_PIXELS else None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def _found(record: Any, path: Sequence[str]) -> Any:
+    """Follow names and places into a record, and draw one of a list at the end."""
+    for name in path:
+        record = record[int(name)] if isinstance(record, list) else record[name]
+    return random.choice(record) if isinstance(record, list) else record
 
 
 class SampleError(ValueError):

@@ -122,7 +122,7 @@ class Demo:
         self.tokenize = build_tokenizer(config)
         self.shards = prepare_scenes(settings.scenes, (out / "data").resolve())
         self._say(f"{sum(map(len, self.shards.values()))} shards of scenes in {out / 'data'}")
-        transform = build_transform(config, train=False)
+        transform = build_transform(config)
         self.heldout, self.probe = (
             read_split(self.shards[name], transform, self.tokenize) for name in ("heldout", "probe")
         )

@@ -24,7 +24,8 @@ import webdataset as wds
 from PIL import Image
 
 from examples.common.files import UserError, read_json, replaced_directory, write_json
-from examples.common.shards import Failures, decode_image, read_shard
+from examples.common.images import decode_image
+from examples.common.shards import Failures, read_shard
 from examples.demo.captions import caption
 from examples.demo.drawing import draw
 from examples.demo.scenes import UNSEEN_PAIRS, Scene, edit_scene, sample_scene

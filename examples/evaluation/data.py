@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from examples.common.files import UserError
-from examples.common.shards import Failures, decode_image, expand_shards, read_shard
+from examples.common.images import decode_image
+from examples.common.shards import Failures, expand_shards, read_shard
 from examples.evaluation.zero_shot import Classification
 
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
 from examples.common.files import UserError
+from examples.common.images import decode_image
 from examples.common.parallel import Parallel
-from examples.common.shards import Failures, decode_image, expand_shards, read_shard
+from examples.common.shards import Failures, expand_shards, read_shard
 from examples.common.signals import prepare_worker
 
 Item = TypeVar("Item")

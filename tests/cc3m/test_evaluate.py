@@ -122,7 +122,7 @@ class Painter(DinoRankCLIP):
 
 
 def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
-    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), None, transform)
     assert data.names == ["blue thing", "red thing"]
     asked: list[str] = []
@@ -146,7 +146,7 @@ def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
 def test_wrong_names_lower_the_accuracy(folder: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("red thing\nblue thing\n")
-    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), names, transform)
     measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"))
     assert measured == {
@@ -165,7 +165,7 @@ def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
             tar.write({"__key__": f"{i}", "png": image.read_bytes(), "cls": label})
     names = tmp_path / "names.txt"
     names.write_text("blue thing\nred thing")
-    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(tmp_path / "0.tar"), names, transform)
     measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"))
     assert measured == {
@@ -176,7 +176,7 @@ def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_is_asked_to_stop_says_so(folder: Path) -> None:
-    transform, tokenize = build_transform(TINY_CLIP, train=False), build_tokenizer(TINY_CLIP)
+    transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), None, transform)
     towers = Painter(tokenize)
     with pytest.raises(Stopped):
@@ -184,7 +184,7 @@ def test_an_evaluation_that_is_asked_to_stop_says_so(folder: Path) -> None:
 
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
-    transform = build_transform(TINY_CLIP, train=False)
+    transform = build_transform(TINY_CLIP)
     with pytest.raises(UserError, match="give a folder of folders of images, or shards"):
         Classification(str(tmp_path / "none.tar"), None, transform)
     names = tmp_path / "names.txt"

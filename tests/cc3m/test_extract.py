@@ -104,7 +104,7 @@ def test_features_are_the_teachers_under_the_images_keys(images: Path) -> None:
     torch.manual_seed(0)
     teacher = Dinov3Teacher(NAME, pretrained=False, **OPTIONS)
     pca = TokenPCA.load(folder / "pca.safetensors")
-    transform = open_clip.image_transform(32, is_train=False)
+    transform = open_clip.image_transform(32, is_train=False, resize_mode="squash")
     reader = FeatureReader(folder, resolution=32, dim=8)
     assert reader.grid == (2, 2)
     for i in range(SHARDS):

@@ -15,18 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.loader import Position, ShardLoader, ShardOrder
+from examples.cc3m.loader import ShardLoader
 from examples.cc3m.monitor import peak_memory
+from examples.cc3m.positions import Position, ShardOrder
 from examples.common.files import UserError
+from examples.common.images import MOST_PIXELS, decode_image
 from examples.common.shards import (
-    MOST_PIXELS,
     Failures,
     SampleError,
     count_samples,
-    decode_image,
     read_shard,
     unusable,
 )
+from tests.helpers.shards import Whole
 
 FILES = list[tuple[str, bytes]]
 
@@ -70,8 +71,10 @@ def loader(path: Path, **options: object) -> ShardLoader:
         assert image.mode == "RGB"
         return torch.tensor(image.getpixel((0, 0))).float().view(3, 1, 1)
 
-    return ShardLoader([str(path)], transform, tokenize, 1, **options)  # type: ignore[arg-type]
+    return ShardLoader([str(path)], Whole(transform), tokenize, 1, **options)  # type: ignore[arg-type]
 
+
+NOTHING = Whole(lambda _: torch.zeros(3, 1, 1))
 
 # ---------------------------------------------------------------- samples
 
@@ -381,7 +384,7 @@ def test_another_number_of_processes_leaves_out_only_what_was_read(
     def open_rank(rank: int, world: int) -> ShardLoader:
         return ShardLoader(
             paths,
-            lambda _: torch.zeros(3, 1, 1),
+            NOTHING,
             tokenize,
             1,
             shuffle=9,
@@ -413,9 +416,7 @@ def test_another_number_of_workers_leaves_out_only_what_was_read(
     paths, seen = numbered_shards(tmp_path, 6, 8), list[str]()
     position, order = Position(0), ShardOrder(6, 0, True)
     for turn, workers in enumerate(streams):
-        data = ShardLoader(
-            paths, lambda _: torch.zeros(3, 1, 1), tokenize, 1, shuffle=9, workers=workers
-        )
+        data = ShardLoader(paths, NOTHING, tokenize, 1, shuffle=9, workers=workers)
         for _, batch in zip(range(100 if turn else 7), data.epoch(position), strict=False):
             seen += batch.keys
             position = position.after(batch, workers)
@@ -431,7 +432,7 @@ def test_resuming_within_the_rest_of_an_epoch_is_exact(tmp_path: Path) -> None:
     write_tar(Path(paths[1]), spoiled)
 
     def data() -> ShardLoader:
-        return ShardLoader(paths, lambda _: torch.zeros(3, 1, 1), tokenize, 2, shuffle=5)
+        return ShardLoader(paths, NOTHING, tokenize, 2, shuffle=5)
 
     position = Position(0)
     for _, batch in zip(range(4), data().epoch(position), strict=False):

@@ -7,15 +7,19 @@ import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.loader import Batch, Position, ShardLoader
+from examples.cc3m.batch import Batch
+from examples.cc3m.loader import ShardLoader
+from examples.cc3m.positions import Position
 from examples.common.files import UserError
 from examples.common.shards import count_samples, expand_shards
+from tests.helpers.shards import Whole
 
 PER_SHARD, SHARDS = 8, 3
 
@@ -28,7 +32,7 @@ def transform(image: Image.Image) -> Tensor:
 
 
 def tokenize(texts: list[str]) -> Tensor:
-    return torch.tensor([[int(text.split()[-1])] for text in texts])
+    return torch.tensor([[int(text.split()[-1]) if text else 0] for text in texts])
 
 
 def jpeg(value: int) -> bytes:
@@ -64,7 +68,7 @@ def shards(tmp_path: Path) -> str:
 
 
 def loader(shards: str | list[str], batch_size: int = 4, **options: object) -> ShardLoader:
-    return ShardLoader(shards, transform, tokenize, batch_size, **options)  # type: ignore[arg-type]
+    return ShardLoader(shards, Whole(transform), tokenize, batch_size, **options)  # type: ignore[arg-type]
 
 
 def numbers(batches: list[Batch]) -> list[int]:
@@ -87,19 +91,15 @@ def test_samples_are_counted_from_stats(shards: str) -> None:
 
 
 def test_without_shuffling_the_order_is_the_files_and_the_rest_is_kept(shards: str) -> None:
-    batches = list(loader(shards, 5, records=True).epoch())
+    batches = list(loader(shards, 5).epoch())
     assert numbers(batches) == list(range(24))
     assert [len(batch.images) for batch in batches] == [5, 5, 5, 5, 4]
-    assert [x["number"] for batch in batches for x in batch.records] == list(range(24))
     assert batches[0].images.shape == (5, 3, 2, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep": True}], ids=["streamed", "kept"])
-def test_order_and_augmentation_are_functions_of_seed_and_epoch(
-    shards: str, options: dict[str, bool]
-) -> None:
+def test_order_and_augmentation_are_functions_of_seed_and_epoch(shards: str) -> None:
     def run(seed: int, epoch: int) -> tuple[list[int], Tensor]:
-        batches = list(loader(shards, shuffle=100, seed=seed, **options).epoch(Position(epoch)))
+        batches = list(loader(shards, shuffle=100, seed=seed).epoch(Position(epoch)))
         return numbers(batches), torch.cat([batch.images for batch in batches])
 
     order, images = run(0, 1)
@@ -114,13 +114,6 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(
         found, pixels = run(seed, epoch)
         others = dict(zip(found, pixels[:, 0, 0, 0].tolist(), strict=True))
         assert all(others[number] != value for number, value in noise.items())
-
-
-def test_kept_samples_give_the_same_batches_in_later_epochs(shards: str) -> None:
-    streamed, kept = loader(shards, shuffle=9), loader(shards, shuffle=9, keep=True)
-    for epoch in range(3):
-        a, b = (list(x.epoch(Position(epoch))) for x in (streamed, kept))
-        assert numbers(a) == numbers(b)
 
 
 def test_reading_leaves_the_global_generators_alone(shards: str) -> None:
@@ -163,8 +156,8 @@ def test_workers_and_ranks_share_the_samples(shards: str) -> None:
 def test_too_many_streams_are_refused(shards: str) -> None:
     with pytest.raises(ValueError, match="3 shards cannot feed 2 processes of 2 workers"):
         loader(shards, workers=2, world_size=2)
-    with pytest.raises(ValueError, match="workers=0"):
-        loader(shards, workers=1, keep=True)
+    with pytest.raises(ValueError, match="a view and a caption at least, got 0"):
+        loader(shards, views=0)
 
 
 KINDS = {
@@ -231,3 +224,13 @@ def test_keys_are_never_paths(tmp_path: Path) -> None:
         add(tar, "../../evil.txt", b"\x1b[31m 1")
     assert numbers(list(loader([str(path)], 1).epoch())) == [1]
     assert sorted(x.name for x in tmp_path.iterdir()) == ["00000.tar"]
+
+
+def test_shared_memory_is_what_the_batches_take(shards: str) -> None:
+    options: dict[str, Any] = {"views": 2, "captions": ("txt", "txt", "txt")}
+    assert loader(shards, **options).shared_memory() == 0
+    batch = next(loader(shards, **options).epoch())
+    assert batch.images.shape == (4, 2, 3, 2, 2)
+    assert batch.texts.shape == (4, 3, 1)
+    size = sum(tensor.nbytes for tensor in batch.tensors())
+    assert loader(shards, workers=3, prefetch=5, **options).shared_memory() == (3 * 5 + 2) * size

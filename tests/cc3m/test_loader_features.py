@@ -2,12 +2,10 @@
 
 import io
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -15,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from examples.cc3m import extract_dinov3
-from examples.cc3m.features import FeatureFolder, FeatureReader
-from examples.cc3m.loader import Batch, Position, ShardLoader
+from examples.cc3m.batch import Batch
+from examples.cc3m.features import FORMAT, FeatureFolder, FeatureReader
+from examples.cc3m.loader import ShardLoader
+from examples.cc3m.positions import Position
 from examples.common.files import UserError, write_json
+from examples.common.images import CentreCrop, Crop, RandomCrop, cut_grid
 from rankloss.fusion import TeacherFeatures
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2
@@ -74,35 +75,41 @@ def shards(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-@pytest.fixture
-def reader(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> FeatureReader:
+def extracted(shards: list[str], resolution: int, monkeypatch: pytest.MonkeyPatch) -> FeatureReader:
     """Features that the extraction script itself wrote."""
     monkeypatch.setattr(extract_dinov3, "Dinov3Teacher", MeanColours)
-    command = [*shards, "--resolution", str(SIDE), "--dim", "0", "--device", "cpu"]
-    assert extract_dinov3.main(command) == 0
-    return FeatureReader(Path(shards[0]).parent / "features", resolution=SIDE)
+    out = Path(shards[0]).parent / f"features{resolution}"
+    command = [*shards, "--resolution", str(resolution), "--dim", "0", "--device", "cpu"]
+    assert extract_dinov3.main([*command, "--out", str(out)]) == 0
+    return FeatureReader(out, resolution=resolution)
+
+
+@pytest.fixture
+def reader(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> FeatureReader:
+    return extracted(shards, SIDE, monkeypatch)
 
 
 def tokenize(texts: list[str]) -> Tensor:
     return torch.tensor([[int(text.split()[-1])] for text in texts])
 
 
-def transform(side: int = SIDE, *, train: bool = False) -> Callable[[Image.Image], Tensor]:
-    made: Callable[[Image.Image], Tensor] = open_clip.image_transform(side, is_train=train)
-    return made
+CROPS: dict[str, Crop] = {
+    "centre": CentreCrop(SIDE),
+    "random": RandomCrop(SIDE),
+    "other resolution": RandomCrop(2 * SIDE),
+}
 
 
 def loader(
     shards: list[str],
     features: FeatureReader | None,
-    shown: Callable[[Image.Image], Tensor] | None = None,
+    crop: Crop = CROPS["random"],
     batch_size: int = 4,
     shuffle: int = 20,
     **options: Any,
 ) -> ShardLoader:
-    shown = shown or transform()
     return ShardLoader(
-        shards, shown, tokenize, batch_size, shuffle=shuffle, features=features, **options
+        shards, crop, tokenize, batch_size, shuffle=shuffle, features=features, **options
     )
 
 
@@ -113,46 +120,76 @@ def targets(batch: Batch) -> Tensor:
     return batch.teacher.patches.float()
 
 
-@pytest.mark.parametrize("options", [{}, {"keep": True}, {"workers": 2}], ids=str)
+def shown(batch: Batch, side: int = 3) -> Tensor:
+    """(B, side^2, 3) mean colours of the patches of what the towers see."""
+    return mean_colours(nn.functional.adaptive_avg_pool2d(batch.to("cpu").images, side * PATCH))
+
+
+@pytest.mark.parametrize("crop", CROPS.values(), ids=CROPS)
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=str)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_targets_are_of_the_patches_shown(
-    shards: list[str], reader: FeatureReader, options: dict[str, Any]
+    shards: list[str], reader: FeatureReader, crop: Crop, options: dict[str, Any]
 ) -> None:
+    """Colours say where in the image a patch is: neighbouring patches differ by 1.2."""
     assert reader.grid == (3, 3)
-    data, seen = loader(shards, reader, **options), set()
+    data, seen = loader(shards, reader, crop, **options), set()
     for epoch in range(2):
         for batch in data.epoch(Position(epoch)):
-            torch.testing.assert_close(
-                targets(batch), mean_colours(batch.images), atol=2e-3, rtol=0
-            )
+            torch.testing.assert_close(targets(batch), shown(batch), atol=0.1, rtol=0)
             assert [int(key) for key in batch.keys] == batch.texts[:, 0].tolist()
             seen |= set(batch.keys)
     assert data.broken == 0
     assert len(seen) > 4
 
 
-def test_towers_may_see_another_resolution_of_the_same_crop(
+@pytest.mark.parametrize("grid", [(3, 3), (6, 6)], ids=str)
+def test_finer_features_are_resampled_to_the_grid_asked_for(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int]
+) -> None:
+    fine = extracted(shards, 4 * SIDE, monkeypatch)
+    assert (fine.grid, fine.grid_at(SIDE)) == ((12, 12), (3, 3))
+    small = RandomCrop(2 * SIDE, scale=(0.2, 0.5))
+    for batch in loader(shards, fine, small, grid=grid).epoch():
+        assert targets(batch).shape == (4, grid[0] * grid[1], 3)
+        torch.testing.assert_close(targets(batch), shown(batch, grid[0]), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("target", [(7, 7), (14, 14), (4, 6)], ids=str)
+def test_a_grid_of_positions_is_cut_to_those_of_the_box(target: tuple[int, int]) -> None:
+    rows, columns = 28, 14
+    y, x = torch.meshgrid(
+        (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
+    )
+    positions = torch.stack([x, y], dim=2).flatten(0, 1)
+    left, top, right, bottom = box = (0.2, 0.1, 0.9, 0.7)
+    cut = cut_grid(positions, (rows, columns), box, target).view(*target, 2)
+    y, x = ((torch.arange(n) + 0.5) / n for n in target)
+    torch.testing.assert_close(cut[..., 0], (left + x * (right - left)).expand(target))
+    torch.testing.assert_close(cut[..., 1], (top + y * (bottom - top))[:, None].expand(target))
+    whole = cut_grid(positions, (rows, columns), (0, 0, 1, 1), (rows, columns))
+    assert torch.equal(whole, positions)
+    halved = cut_grid(positions, (rows, columns), (0, 0, 1, 1), (rows // 2, columns))
+    means = positions.view(rows // 2, 2, columns, 2).mean(1).flatten(0, 1)
+    torch.testing.assert_close(halved, means)
+
+
+def test_all_recipes_see_the_same_crops_in_the_same_order(
     shards: list[str], reader: FeatureReader
 ) -> None:
-    for batch in loader(shards, reader, transform(2 * SIDE)).epoch():
-        shown = mean_colours(nn.functional.avg_pool2d(batch.images, 2))
-        # a crop starts at a whole pixel, of which there are 48; neighbouring patches differ by 1.2
-        torch.testing.assert_close(targets(batch), shown, atol=0.1, rtol=0)
-
-
-def test_after_a_random_crop_they_would_not_be(shards: list[str], reader: FeatureReader) -> None:
-    torch.manual_seed(0)
-    apart = [
-        (targets(batch) - mean_colours(batch.images)).abs().amax()
-        for batch in loader(shards, reader, transform(train=True)).epoch()
-    ]
-    assert min(apart) > 0.1
-
-
-def test_without_features_batches_have_keys_only(shards: list[str]) -> None:
-    batches = list(loader(shards, None).epoch())
-    assert all(batch.teacher is None for batch in batches)
-    assert [len(batch.keys) for batch in batches] == [4, 4, 4]
+    """With a teacher's features or none, with several views and captions or one."""
+    plain = list(loader(shards, None).epoch(Position(1)))
+    assert all(batch.teacher is None for batch in plain)
+    distilled = loader(shards, reader).epoch(Position(1))
+    several = loader(shards, None, views=2, captions=("txt", "txt")).epoch(Position(1))
+    for one, two, three in zip(plain, distilled, several, strict=True):
+        assert one.keys == two.keys == three.keys
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.images, three.images[:, 0])
+        assert torch.equal(one.texts[:, None].expand(-1, 2, -1), three.texts)
+        assert not torch.equal(three.images[:, 0], three.images[:, 1])
+    with pytest.raises(ValueError, match="one view of an image, got 2 views"):
+        loader(shards, reader, views=2)
 
 
 def test_resuming_gives_the_same_features(shards: list[str], reader: FeatureReader) -> None:
@@ -167,7 +204,8 @@ def test_samples_without_features_are_counted_and_left_out(
     shards: list[str], tmp_path: Path
 ) -> None:
     folder = FeatureFolder(tmp_path / "some")
-    made_by = folder.claim({"grid": [3, 3], "resolution": SIDE})
+    manifest = {"format": FORMAT, "grid": [3, 3], "resolution": SIDE}
+    made_by = folder.claim(manifest)
     for i, shard in enumerate(shards):
         numbers = [n for n in range(i * PER_SHARD, (i + 1) * PER_SHARD) if n not in (2, 7)]
         rows = [(f"{n:09d}", torch.full((9, 3), n).half(), torch.ones(3).half()) for n in numbers]

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from examples.cc3m.batch import Batch
 from examples.cc3m.checkpoint import Checkpoints
 from examples.cc3m.gradients import Gradients
-from examples.cc3m.loader import Batch, Position, ShardOrder
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
+from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
 from examples.common.files import UserError
@@ -49,7 +50,7 @@ def batch(seed: int = 1, pairs: int = PAIRS, dtype: torch.dtype = torch.float64)
     images = torch.randn(pairs, 3, IMAGE, IMAGE, generator=g, dtype=torch.float64).to(dtype)
     texts = torch.randint(1, 49, (pairs, WORDS), generator=g)
     texts[:, -1] = 49  # the largest id ends a text
-    return Batch(images, texts, [], 0, 0, keys=[f"{seed}-{i}" for i in range(pairs)])
+    return Batch(images, texts, 0, 0, keys=[f"{seed}-{i}" for i in range(pairs)])
 
 
 def pieces(whole: Batch, parts: int) -> list[Batch]:

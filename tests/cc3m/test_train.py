@@ -213,7 +213,7 @@ def test_another_number_of_processes_goes_on_with_the_samples_that_are_left(
     note = (
         ACT
         + """
-from examples.cc3m.loader import Position
+from examples.cc3m.positions import Position
 after = Position.after
 def noting(self, batch, streams):
     with open("keys.txt", "a") as file:
@@ -499,7 +499,7 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     assert extract_dinov3.main([shards, *teacher, "--resolution", "32"]) == 0
     small = ACT + "recipe.SMALL_STUDENT.update(recipe.TINY_STUDENT)\n"
     features = ("--recipe", "dinorankclip", "--features", str(work / "data" / "features"))
-    command = arguments(work, "whole_recipe", *features, "--train.epochs", "1")
+    command = arguments(work, "whole_recipe", *features, "--train.epochs", "1", "--augment")
     code, said = programs.run(command, work, small)
     assert code == 0, said
     trained = DinoRankCLIP.from_pretrained(work / "whole_recipe" / "export")

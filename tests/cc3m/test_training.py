@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.cc3m.batch import Batch
 from examples.cc3m.checkpoint import Checkpoints, load_tensors, save_tensors
-from examples.cc3m.loader import Batch, Position, ShardOrder
 from examples.cc3m.loop import MAX_SCALE, NotFinite, Trainer, learning_rate, parameter_groups
+from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.settings import TrainSettings
 from examples.common.files import (
     SettingsChanged,
@@ -74,7 +75,7 @@ class Batches:
             texts = torch.randint(0, 20, (3, 5), generator=generator)
             if i >= done:
                 origins = [(0, 3 * i + k) for k in range(3)]
-                yield Batch(images, texts, [], 0, 3 * (i + 1), origins=origins)
+                yield Batch(images, texts, 0, 3 * (i + 1), origins=origins)
 
 
 def towers(loss: nn.Module) -> DinoRankCLIP:

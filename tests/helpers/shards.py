@@ -4,11 +4,32 @@ import io
 import json
 import random
 import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
+
+from examples.common.images import Pixels
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 220), "grey": (99,) * 3}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A crop that shows all of an image, by a function: RGB image -> (3, H, W)."""
+
+    function: Callable[[Image.Image], Tensor]
+
+    def box(self, width: int, height: int) -> Pixels:
+        return 0, 0, width, height
+
+    def needed(self, box: Pixels) -> None:
+        return None
+
+    def show(self, image: Image.Image, box: Pixels) -> Tensor:
+        return self.function(image)
 
 
 def write_pairs(folder: Path, counts: list[int], size: int = 32, *, stats: bool = True) -> str:
