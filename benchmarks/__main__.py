@@ -12,8 +12,8 @@ COMMANDS = {
     "cpu": "time and memory of every provider on this machine's CPU (the default)",
     "gpu": "correctness, speed and memory on one GPU (--dry-run: on none)",
     "aot": "registers, spills, shared memory of every kernel, compiled for GPUs not here",
-    "fusion": "cost of the fusion block against a ViT-B/16",
-    "gram": "time and memory of GramLoss, blocked against reference",
+    "gram": "the CPU suite on GramLoss, blocked against reference",
+    "scaling": "memory, communication and computation of the loss for each GPU, by formula",
 }
 
 
@@ -25,6 +25,10 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print("commands:", *(f"  {name:8}{text}" for name, text in COMMANDS.items()), "", sep="\n")
     sleep_between_parallel_regions()
+    if command == "gram":
+        from benchmarks import cpu
+
+        return cpu.main(rest, gram=True)
     module = importlib.import_module(f"benchmarks.{command}")
     code: int = module.main(rest)
     return code

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.output import write_whole
+from benchmarks.rows import write_whole
 from tests.helpers.aot import (
     Row,
     default_work,

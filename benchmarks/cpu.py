@@ -14,9 +14,8 @@ import torch
 from benchmarks import report
 from benchmarks.cases import AnyCase, GramCase, cases
 from benchmarks.memory import free_bytes
-from benchmarks.output import write_whole
 from benchmarks.providers import BY_REQUEST, OURS, PROVIDERS, Provider
-from benchmarks.rows import Row, from_json, to_json
+from benchmarks.rows import Row, from_json, to_json, write_whole
 from benchmarks.suite import Settings, run_case
 from benchmarks.targets import targets
 

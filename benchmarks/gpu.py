@@ -7,53 +7,82 @@ kernels are kept in DIR/cache. DIR/gpu.md is made anew from all files after ever
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from benchmarks import report
+from benchmarks.cases import Case, square_case
+from benchmarks.check import CHECK_SCORES
+from benchmarks.cpu import this_machine
+from benchmarks.measure import spread
+from benchmarks.providers import GPU_PROVIDERS, OURS, first_line
+from benchmarks.rows import Row, from_json, to_json, write_whole
+from benchmarks.suite import Contender, Settings, check, contend, run_case
+from benchmarks.targets import gpu_targets
+from benchmarks.worker import Inline, Worker
+
 if TYPE_CHECKING:
-    from benchmarks.gpu_measure import Bench
-    from benchmarks.gpu_problems import Sizes
+    from benchmarks.device import Ceilings, Device
 
 BUDGET = 500.0  # seconds a stage may take
-LONGEST = 60.0  # seconds one provider may take at one case, compilation included
-Rows = list[dict[str, Any]]
+LONGEST = 60.0  # seconds one provider may take for one answer, compilation included
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Context:
-    bench: "Bench"
-    sizes: "Sizes"
-    deadline: float
+class Sizes:
+    """Shapes by use, so that a dry run is the same code on small ones."""
 
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
+    checks: tuple[Case, ...]
+    kernels: tuple[Case, ...]  # timed kernel by kernel
+    losses: tuple[Case, ...]  # timed against peers
+    side: int  # of the measured matrix product
+
+
+REAL = Sizes(
+    checks=(
+        *(Case(order, 256, 256, 256) for order in (3, 1, 2, 4)),
+        Case(3, 256, 64, 1024),
+        Case(3, 65, 333, 500),
+        Case(3, 128, 10, 1000),
+        Case(5, 64, 300, 300, r=128),
+        square_case(0, 256),
+    ),
+    kernels=(square_case(3, 1024), square_case(3, 4096), Case(3, 512, 256, 4096)),
+    losses=(
+        *(square_case(3, size) for size in (1024, 4096, 512)),
+        Case(3, 512, 256, 4096),
+        square_case(1, 4096),
+        square_case(0, 4096),
+        square_case(0, 65536),
+    ),
+    side=8192,
+)
+DRY = Sizes(  # the interpreter takes a second for four anchors
+    checks=(Case(3, 2, 3, 24), Case(1, 2, 3, 3), Case(4, 2, 8, 8), square_case(0, 64)),
+    kernels=(square_case(3, 3),),
+    losses=(Case(3, 2, 3, 24), square_case(1, 3), square_case(0, 16)),
+    side=64,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    prepare(options.out, dry_run=options.dry_run)
-    import torch
-
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU here: torch.cuda is not available; --dry-run works without one")
         return 1
-    failed = False
-    for name in options.stage:
-        rows = run_stage(name, options)
-        failed |= any(row["status"] == "failed" for row in rows)
-        write_report(options.out, dry_run=options.dry_run)
+    prepare(options.out, dry_run=options.dry_run)
+    rows = [row for name in options.stage for row in run_stage(name, options)]
     print(f"wrote {options.out / 'gpu.md'}")
-    return 1 if failed else 0
+    return int(any(row.provider == OURS and row.status in ("failed", "wrong") for row in rows))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(out: Path, *, dry_run: bool) -> None:
-    """Before torch and Triton are imported: where compiled kernels are kept."""
+    """Before Triton is imported, here and in workers: where compiled kernels are kept."""
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out.resolve() / "cache" / "triton")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(out.resolve() / "cache" / "inductor")
@@ -77,229 +106,174 @@ def prepare(out: Path, *, dry_run: bool) -> None:
         os.environ.pop("TRITON_INTERPRET", None)
 
 
-def run_stage(name: str, options: argparse.Namespace) -> Rows:
+def run_stage(name: str, options: argparse.Namespace) -> list[Row]:
     """The stage's rows, from its file when it is done already."""
-    import torch
-
-    from benchmarks.gpu_measure import Bench
-    from benchmarks.gpu_problems import DRY, REAL
-    from benchmarks.output import write_whole
+    from benchmarks.device import Device, DeviceSession
 
     file = options.out / f"{name}.json"
     if file.exists():
-        found: Rows = json.loads(file.read_text())["rows"]
-        return found
-    bench = Bench(torch.device("cpu" if options.dry_run else "cuda"))
-    sizes = DRY if options.dry_run else REAL
-    context = Context(bench, sizes, time.monotonic() + options.budget)
-    rows = STAGES[name](context)
-    content = {"machine": machine(bench), "dry_run": options.dry_run, "rows": rows}
-    write_whole(file, json.dumps(content, indent=1) + "\n")
+        return from_json(file.read_text())[1]
+    device = Device("cpu" if options.dry_run else "cuda")
+    settings = Settings(
+        threads=torch.get_num_threads(),
+        rounds=1 if options.dry_run else 10,
+        seconds=0.0 if options.dry_run else 10.0,
+        memory_share=0.8,
+        timeout=LONGEST,
+        deadline=time.monotonic() + options.budget,
+        compile=device.real,
+        device=device.name,
+        session=DeviceSession,
+        worker=Worker if device.real else Inline,
+        free_bytes=device.free_bytes,
+    )
+    rows = []
+    for row in STAGES[name](device, DRY if options.dry_run else REAL, settings):
+        print(f"  {row.case}, {row.provider}: {_outcome(row)}", flush=True)
+        rows.append(row)
+    machine = {**this_machine(settings), "device": device.description, "dry run": options.dry_run}
+    write_whole(file, to_json(machine, rows, ()))
+    write_whole(options.out / "gpu.md", markdown(options.out))
     return rows
-
-
-def machine(bench: "Bench") -> dict[str, Any]:
-    import torch
-    import triton
-
-    name = torch.cuda.get_device_name(bench.device) if bench.real else platform.machine()
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"device": name, "date": time.strftime("%Y-%m-%d"), **versions}
-
-
-def attempt(context: Context, name: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The call's row, or why there is none."""
-    from benchmarks.gpu_measure import OutOfTime, at_most
-    from benchmarks.providers import Unavailable, first_line
-
-    row: dict[str, Any] = {"name": name, "status": "ok"}
-    try:
-        with at_most(min(LONGEST, context.left)):
-            row |= call()
-    except Unavailable as reason:
-        row |= {"status": "unavailable", "detail": str(reason)}
-    except OutOfTime as reason:
-        row |= {"status": "not measured", "detail": str(reason)}
-    except Exception as error:
-        row |= {"status": "failed", "detail": first_line(error)}
-    context.bench.free()
-    print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return row
 
 
 # ---------------------------------------------------------------- stages
 
 
-def compile_stage(context: Context) -> Rows:
+def compile_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterator[Row]:
     """Compile what later stages launch, on all cores, into the cache that they read."""
+    checked = [case.with_at_most(CHECK_SCORES) for case in sizes.losses]
     work = [
-        (case, name)
-        for case in (*context.sizes.checks, *context.sizes.losses)
+        replace(case, dtype=dtype)
+        for case in (*sizes.checks, *checked, *sizes.losses)
         if case.order > 1
-        for name in ("bfloat16", "float16", "float32")
+        for dtype in (*HALVES, torch.float32)
     ]
-    if not context.bench.real:
-        return [{"name": "compile", "status": "unavailable", "detail": "interpreted"}]
+    if not device.real:
+        yield Row("compile", "all", 0, OURS, "skipped", "interpreted")
+        return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn) as pool:
-        return list(pool.map(warm, work))
+        yield from pool.map(warm, dict.fromkeys(work))
 
 
-def warm(work: tuple[Any, str]) -> dict[str, Any]:
+def warm(case: Case) -> Row:
     """Compile every kernel of one case, launching none."""
-    import torch
-
     from rankloss.kernels import high_order
     from rankloss.kernels.configurations import architecture
-    from rankloss.kernels.signature import Lists
-    from tests.helpers.launches import recorded
+    from tests.helpers.launches import lists, recorded
 
-    case, name = work
-    dtype = getattr(torch, name)
+    row, start = Row("compile", case.name, case.scores, OURS), time.perf_counter()
     target = architecture(torch.device("cuda"))
-    start = time.perf_counter()
-    with recorded(high_order, architecture=target) as launches, torch.device("meta"):
-        pairs = case.order * (case.order - 1) // 2
-        x = Lists(
-            torch.empty(case.n, case.m),
-            torch.empty(case.n, case.k, dtype=torch.int64),
-            torch.empty(case.n, dtype=torch.int64),
-            torch.empty(case.k),
-            torch.empty(pairs, case.m, case.r, dtype=dtype),
-            torch.empty(case.order - 1, case.m, case.r, dtype=dtype),
-        )
-        high_order.nll(x)
-        high_order.nll_and_gradients(torch.empty(case.n), x)
-    for launch in launches:
-        arguments = [getattr(x, "dtype", x) for x in launch.arguments.values()]
-        launch.kernel.warmup(*arguments, **launch.constants, **launch.options, grid=(1,))
-    seconds = round(time.perf_counter() - start, 2)
-    return {"name": f"{case.name}, {name}", "status": "ok", "seconds": seconds}
-
-
-def check_stage(context: Context) -> Rows:
-    from benchmarks.gpu_checks import checks
-
-    def verdict(check: Callable[[], Any]) -> dict[str, Any]:
-        found = check()
-        status = {True: "ok", False: "failed", None: "unavailable"}[found.passed]
-        return {"name": found.name, "status": status, "detail": found.detail}
-
-    return [
-        attempt(context, f"check {number}", lambda check=check: verdict(check))  # type: ignore[misc]
-        for number, check in enumerate(checks(context.bench, context.sizes))
-    ]
-
-
-def kernel_stage(context: Context) -> Rows:
-    """Time of every kernel of one step, by the profiler, and its clocks a score."""
-    rows: Rows = []
-    for case in context.sizes.kernels:
-        for dtype in ("bfloat16", "float32") if context.bench.real else ("float32",):
-            name = f"{case.name}, {dtype}"
-            rows.append(attempt(context, name, lambda c=case, d=dtype: kernel_times(context, c, d)))  # type: ignore[misc]
-    return rows
-
-
-def kernel_times(context: Context, case: Any, dtype: str) -> dict[str, Any]:
-    import torch
-
-    from benchmarks.gpu_checks import outcome
-    from benchmarks.gpu_problems import make_problem, remaining_scores
-    from benchmarks.gpu_providers import build_ours
-
-    problem = make_problem(case, context.bench.device, getattr(torch, dtype))
-    loss = build_ours(problem)
-    outcome(loss(), problem)  # compiled and warm
-    context.bench.wait()
-    with torch.profiler.profile() as profile:
-        outcome(loss(), problem)
-        context.bench.wait()
-    times: dict[str, float] = {}
-    for event in profile.events() or []:
-        if event.name.endswith("_kernel") and event.device_type.name == "CUDA":
-            times[event.name] = times.get(event.name, 0.0) + event.device_time
-    row: dict[str, Any] = {"microseconds": {k: round(v, 1) for k, v in times.items()}}
-    if context.bench.real:
-        properties = torch.cuda.get_device_properties(context.bench.device)
-        # 128 lanes of every multiprocessor issue in a clock: comparable to slots a score
-        clocks = properties.multi_processor_count * 128 * properties.clock_rate * 1e-3
-        scores = remaining_scores(case)
-        row["slots of time a score"] = {k: round(v * clocks / scores, 2) for k, v in times.items()}
+    try:
+        with recorded(high_order, architecture=target) as launches, torch.device("meta"):
+            x = lists(case.n, case.k, case.m, case.order, case.r, case.dtype)
+            high_order.nll(x)
+            high_order.nll_and_gradients(torch.empty(case.n), x)
+        for launch in launches:
+            arguments = [getattr(x, "dtype", x) for x in launch.arguments.values()]
+            launch.kernel.warmup(*arguments, **launch.constants, **launch.options, grid=(1,))
+    except Exception as error:
+        row.give_up("failed", first_line(error))
+    row.first_call_s = time.perf_counter() - start
     return row
 
 
-def loss_stage(context: Context) -> Rows:
-    """Steps of this library and of its peers, and what this device can do at most."""
-    import torch
+def check_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterator[Row]:
+    """Values and all gradients against float64; bits that repeat; a graph captured, replayed."""
+    # the interpreter has no bfloat16 arithmetic
+    halves = HALVES if device.real else ()
+    for case in sizes.checks:
+        for dtype in (*halves, torch.float32) if case.order > 1 else (torch.float32,):
+            yield from _of_ours(replace(case, dtype=dtype), settings, lambda x, c: check([x], c))
+    first = replace(sizes.checks[0], dtype=(*halves, torch.float32)[0])
 
-    from benchmarks.gpu_kernels import exponentials
-    from benchmarks.gpu_measure import copy_rate, exponential_rate, matrix_rate
-    from benchmarks.gpu_problems import Ceilings, make_problem
-    from benchmarks.gpu_providers import providers
-    from benchmarks.providers import OURS
+    def repeat(contender: Contender, case: Case) -> None:
+        if contender.ask("repeats", case, 5 if device.real else 2) is False:
+            contender.row.give_up("wrong", "runs differ")
 
-    bench, size = context.bench, context.sizes.ceiling
+    def replay(contender: Contender, case: Case) -> None:
+        if not device.real:
+            contender.row.give_up("skipped", "needs a GPU")
+        elif contender.ask("replays", case, replace(case, seed=1)) is False:
+            contender.row.give_up("wrong", "the replay differs")
 
-    def rates() -> dict[str, Any]:
-        return asdict(
-            Ceilings(
-                copy_rate(bench, size),
-                matrix_rate(bench, size),
-                exponential_rate(bench, exponentials),
-            )
-        )
+    yield from _of_ours(first, settings, repeat, "runs repeat bit for bit: ")
+    yield from _of_ours(first, settings, replay, "CUDA graph capture and replay: ")
 
-    rows = [attempt(context, "ceilings", rates)]
-    ceilings = Ceilings(*(rows[0].get(x, 0.0) for x in ("copy", "matrix", "exponentials")))
-    dtype = torch.bfloat16 if bench.real else torch.float32
-    for case in context.sizes.losses:
-        problem = make_problem(case, bench.device, dtype)
-        for provider, build in providers(case, compiles=bench.real).items():
-            name = f"{case.name}: {provider}"
-            row = attempt(
-                context,
-                name,
-                lambda b=build, p=problem, n=provider: step_times(bench, n, b, p, ceilings),  # type: ignore[misc]
-            )
-            if provider != OURS and row["status"] == "failed":
-                row["status"] = "unavailable"  # a peer's failure is not this project's
-            rows.append({**row, "case": asdict(case), "provider": provider})
+
+def kernel_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterator[Row]:
+    """Time of every kernel of one step, and its clocks a score beside the slots counted."""
+
+    def measure(contender: Contender, case: Case) -> None:
+        times = contender.ask("kernels", case)
+        if times is None:
+            return
+        figures = {"microseconds": times}
+        if device.real:
+            clocks = device.lane_clocks_per_second * 1e-6 / case.remaining_scores
+            figures["clocks a score"] = {name: clocks * time for name, time in times.items()}
+            figures["slots a score, counted"] = counted_slots(case)
+        contender.row.figures = figures
+
+    for case in sizes.kernels:
+        for dtype in (torch.bfloat16, torch.float32) if device.real else (torch.float32,):
+            yield from _of_ours(replace(case, dtype=dtype), settings, measure)
+
+
+def counted_slots(case: Case, target: str | None = None) -> dict[str, float | str]:
+    """Slots a score of the streaming passes' interior loops, or why they cannot be counted."""
+    from rankloss.kernels.configurations import architecture
+    from tests.helpers.aot import DTYPES, PASSES_OF_LISTS, Cell, examine
+
+    name = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
+    target = target or architecture(torch.device("cuda"))
+    cell = Cell(target, name, case.order, case.r, "ranked" if case.k == case.m else "natural")
+    try:
+        rows = [examine((cell, x)) for x in PASSES_OF_LISTS]
+    except Exception as error:
+        return {"none": first_line(error)}
+    return {row.kernel: row.slots_per_score or 0.0 for row in rows}
+
+
+def loss_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterator[Row]:
+    """Steps of this library and of its peers, beside what this device can do at most."""
+    from benchmarks.device import ceilings
+
+    limits = ceilings(device, sizes.side)
+    yield Row("ceilings", "rates a second", 0, "the device", figures=asdict(limits))
+    device.free()
+    for case in sizes.losses:
+        dtype = torch.bfloat16 if device.real and case.order != 1 else torch.float32
+        case = replace(case, dtype=dtype, presorted=True)
+        for row in run_case(case, GPU_PROVIDERS, settings):
+            if device.real and row.ok:
+                row.figures = {"share of the limit": _share(case, row, limits)}
+            yield row
+
+
+def _share(case: Case, row: Row, limits: "Ceilings") -> float:
+    from benchmarks.device import least_seconds
+
+    return 1e3 * least_seconds(case, limits)[1] / spread(row.step).median
+
+
+def _of_ours(
+    case: Case, settings: Settings, ask: Callable[[Contender, Case], None], prefix: str = ""
+) -> list[Row]:
+    """The row of this library at one case, once a worker was asked."""
+    case = replace(case, presorted=True)
+    rows, contenders = contend(case, GPU_PROVIDERS[:1], settings)
+    for contender in contenders:
+        contender.row.case = prefix + case.name
+        try:
+            ask(contender, case)
+        finally:
+            contender.worker.stop()
     return rows
 
 
-def step_times(
-    bench: "Bench", name: str, build: Any, problem: Any, ceilings: Any
-) -> dict[str, Any]:
-    import torch
-
-    from benchmarks.gpu_measure import median
-    from benchmarks.gpu_problems import least_seconds
-    from benchmarks.gpu_providers import bytes_needed
-    from benchmarks.providers import Unavailable
-
-    need, free = bytes_needed(name, problem.case), bench.free_bytes()
-    if need > 0.8 * free:
-        raise Unavailable(f"needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    loss, leaves = build(problem), list(problem.leaves.values())
-
-    def step() -> tuple[Any, ...]:
-        return torch.autograd.grad(loss(), leaves)
-
-    first = bench.first_call(step)
-    seconds = median(bench.samples(step))
-    row = {
-        "ms": round(1e3 * seconds, 4),
-        "first call s": round(first, 2),
-        "peak bytes": bench.peak_extra_bytes(step),
-        "loss": float(loss().detach()),
-    }
-    if ceilings.matrix:
-        row["share of the limit"] = round(least_seconds(problem.case, ceilings)[1] / seconds, 4)
-    return row
-
-
-STAGES: dict[str, Callable[[Context], Rows]] = {
+STAGES: dict[str, Callable[["Device", Sizes, Settings], Iterator[Row]]] = {
     "compile": compile_stage,
     "checks": check_stage,
     "kernels": kernel_stage,
@@ -310,60 +284,39 @@ STAGES: dict[str, Callable[[Context], Rows]] = {
 # ---------------------------------------------------------------- report
 
 
-def write_report(out: Path, *, dry_run: bool) -> None:
-    """gpu.md from the files of all stages that are done."""
-    from benchmarks.output import write_whole
-
-    parts = ["# Kernels on a GPU"]
-    if dry_run:
-        parts.append("**Dry run on a CPU: no number below says anything about speed.**")
+def markdown(out: Path) -> str:
+    """A page from the files of all stages that are done."""
+    parts, measured = ["# Kernels on a GPU"], list[Row]()
     for name in STAGES:
         file = out / f"{name}.json"
         if not file.exists():
-            parts.append(f"## {name}\n\nNot run.")
+            parts += [f"## {name}", "Not run."]
             continue
-        content = json.loads(file.read_text())
-        made = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-        lines = [_line(row) for row in content["rows"]]
-        parts.append(f"## {name}\n\n{made}\n\n" + "\n".join(lines))
-    parts += ["## Promises\n", *(f"- {line}" for line in promises(out))]
-    write_whole(out / "gpu.md", "\n\n".join(parts) + "\n")
+        machine, rows = from_json(file.read_text())
+        dry = "**Dry run on a CPU: no number below says anything about speed.** "
+        about = "; ".join(f"{key} {value}" for key, value in machine.items())
+        parts += [f"## {name}", dry * machine["dry run"] + about]
+        if name == "losses":
+            measured = [] if machine["dry run"] else rows
+            parts.append(report.timings([row for row in rows if row.step or not row.ok]))
+        parts.append("\n".join(f"- {x.case}, {x.provider}: {_outcome(x)}" for x in rows))
+    return "\n\n".join([*parts, report.targets_table(gpu_targets(measured))]) + "\n"
 
 
-def _line(row: dict[str, Any]) -> str:
-    rest = {k: v for k, v in row.items() if k not in ("name", "case", "provider", "status")}
-    text = ", ".join(f"{key} {value}" for key, value in rest.items())
-    return f"- {row['name']}: {row['status']}" + (f"; {text}" if text else "")
+def _outcome(row: Row) -> str:
+    """Status, and the figures that are not times of the loss."""
+    figures = {
+        "relative errors": [x for x in (row.value_error, row.gradient_error) if x is not None],
+        "first call s": row.first_call_s,
+        **row.figures,
+    }
+    told = (f"{name} {_text(x)}" for name, x in figures.items() if x not in (None, []))
+    return "; ".join([f"{row.status} {row.detail}".strip(), *told])
 
 
-def promises(out: Path) -> list[str]:
-    """Verdicts on the two largest third-order squares; a dry run has none."""
-    from benchmarks.providers import OURS
-
-    file = out / "losses.json"
-    content: dict[str, Any] = {"dry_run": False, "rows": []}
-    if file.exists():
-        content = json.loads(file.read_text())
-    found = []
-    for size in (1024, 4096):
-        rows = {
-            row["provider"]: row
-            for row in content["rows"]
-            if row["status"] == "ok" and row.get("case", {}).get("order") == 3
-            if row["case"]["n"] == row["case"]["k"] == row["case"]["m"] == size
-        }
-        ours = rows.get(OURS)
-        if ours is None or content["dry_run"]:
-            found.append(f"order 3, N=K=M={size}: not measured")
-            continue
-        share = ours.get("share of the limit", 0.0)
-        found.append(f"order 3, N=K=M={size}: {share:.0%} of the limit, at least 50% promised")
-        for peer, least in (("FlexAttention", 2), ("naive compiled", 15)):
-            if peer in rows:
-                ratio = rows[peer]["ms"] / ours["ms"]
-                found.append(f"N=K=M={size}: {peer} takes {ratio:.1f}x, at least {least}x promised")
-    return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _text(figure: Any) -> str:
+    if isinstance(figure, dict):
+        return ", ".join(f"{name} {_text(x)}" for name, x in figure.items())
+    if isinstance(figure, list):
+        return ", ".join(map(_text, figure))
+    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)

@@ -7,9 +7,9 @@ from torch.nn.functional import cross_entropy, normalize, pad
 
 def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """Order 0: InfoNCE both ways from one matrix of logits."""
-    logits = logit_scale * image_features @ text_features.T
-    matches = torch.arange(logits.shape[0], device=logits.device)
-    return (cross_entropy(logits, matches) + cross_entropy(logits.T, matches)) / 2
+    logits = logit_scale.to(image_features.dtype) * image_features @ text_features.T
+    labels = torch.arange(logits.shape[0], device=logits.device)
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
 def gram(student: Tensor, teacher: Tensor) -> Tensor:
@@ -18,14 +18,8 @@ def gram(student: Tensor, teacher: Tensor) -> Tensor:
     return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
 
 
-def list_mle(scores: Tensor, targets: Tensor, k: int) -> Tensor:
-    """Order 1: one sort, one log-sum-exp scan from the last place up, mean over K places."""
-    ranking = targets.sort(dim=1, descending=True, stable=True).indices
-    return list_mle_of_ranking(scores, ranking, k)
-
-
-def list_mle_of_ranking(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
-    """The same when the whole ranking (N, M) is given."""
+def list_mle(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
+    """Order 1, whole ranking (N, M): one log-sum-exp scan from the last place up, K places."""
     ranked = scores.gather(1, ranking)
     remaining = ranked.flip(1).logcumsumexp(1).flip(1)
     return (remaining - ranked)[:, :k].mean()
@@ -33,23 +27,11 @@ def list_mle_of_ranking(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
 
 def plackett_luce(
     scores: Tensor,
-    targets: Tensor,
-    k: int,
-    predecessors: Tensor | None = None,
-    keys: Tensor | None = None,
-) -> Tensor:
-    """Any order >= 1 from its definition: all N x K x M utilities, then their log-sum-exp."""
-    ranking = targets.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return plackett_luce_of_ranking(scores, ranking, predecessors, keys)
-
-
-def plackett_luce_of_ranking(
-    scores: Tensor,
     ranking: Tensor,
     predecessors: Tensor | None = None,
     keys: Tensor | None = None,
 ) -> Tensor:
-    """The same when the ranking (N, K) is given."""
+    """Any order >= 1 from its definition: all N x K x M utilities, then their log-sum-exp."""
     k = ranking.shape[1]
     utilities = scores[:, None, :]  # (N, 1 or K, M)
     if predecessors is not None and keys is not None:

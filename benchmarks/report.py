@@ -88,11 +88,20 @@ def markdown(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Tar
     """A page: a table for each group of cases, then the targets."""
     about = (__doc__ or "").partition("\n\n")[2].strip()
     parts = ["# Benchmarks", "; ".join(f"{key} {value}" for key, value in machine.items()), about]
+    return "\n\n".join([*parts, timings(rows), targets_table(targets)]) + "\n"
+
+
+def timings(rows: Sequence[Row]) -> str:
+    """A table for each group of cases."""
+    parts = []
     for group, members in groupby(rows, key=lambda row: row.group):
         parts += [f"## {group}", table(COLUMNS, (cells(row, rows) for row in members))]
+    return "\n\n".join(parts)
+
+
+def targets_table(targets: Sequence[Target]) -> str:
     verdicts = ([t.verdict, t.name, t.measured, t.required] for t in targets)
-    parts += ["## Targets", table(("", "target", "measured", "required"), verdicts)]
-    return "\n\n".join(parts) + "\n"
+    return "## Targets\n\n" + table(("", "target", "measured", "required"), verdicts)
 
 
 def summary(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Target]) -> str:

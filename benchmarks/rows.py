@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spread, paired_ratios, spread
@@ -35,6 +37,7 @@ class Row:
     forward_cpu: list[float] = field(default_factory=list)  # summed over all threads
     step: list[float] = field(default_factory=list)  # forward and backward
     step_cpu: list[float] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)  # on a GPU: of kernels, and of limits
 
     @property
     def ok(self) -> bool:
@@ -57,10 +60,10 @@ def find(rows: Sequence[Row], case: str, provider: str) -> Row | None:
 
 
 def to_json(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Any]) -> str:
-    """One line for each row, all samples in it; numbers have six digits, null is nothing."""
+    """One line for each row, all samples in it, of six digits; empty fields are left out."""
     lines = [json.dumps({"version": VERSION, "machine": machine})[1:-1]]
     for name, items in (("rows", rows), ("targets", targets)):
-        dumped = [json.dumps(_rounded(asdict(item)), allow_nan=False) for item in items]
+        dumped = [json.dumps(_compact(asdict(item)), allow_nan=False) for item in items]
         lines.append(f'"{name}": [\n' + ",\n".join(dumped) + "\n]")
     return "{" + ",\n".join(lines) + "}\n"
 
@@ -73,9 +76,20 @@ def from_json(text: str) -> tuple[dict[str, Any], list[Row]]:
     return content["machine"], [Row(**row) for row in content["rows"]]
 
 
+def _compact(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _rounded(x) for name, x in fields.items() if x not in (None, "", [], {})}
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write so that a reader sees the old file or the new one, never half."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    os.replace(draft, file)

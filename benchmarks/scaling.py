@@ -10,6 +10,8 @@ points.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from benchmarks.report import table
@@ -125,17 +127,18 @@ def size(count: float) -> str:
     return f"{count:,.1f} TiB"
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     settings = [field for field in fields(Loss) if field.name != "gpus"]
     for field in settings:
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=int, default=field.default)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     chosen = {field.name: getattr(options, field.name) for field in settings}
     print(table(COLUMNS, (row(Loss(**chosen, gpus=gpus)) for gpus in options.gpus)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -48,13 +48,13 @@ class Peaks:
 
 
 class Worker:
-    """The parent's end. Requests are names of `_Session` methods."""
+    """The parent's end. Requests are names of methods of the session that `make` makes."""
 
-    def __init__(self, build: Build, threads: int) -> None:
+    def __init__(self, make: Callable[[], "Session"], threads: int) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the parent's memory
         self._scratch = tempfile.TemporaryDirectory(prefix="rankloss-benchmark-")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, build, threads, self._scratch.name)
+        arguments = (theirs, make, threads, self._scratch.name)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()  # so that a dead worker ends the conversation
@@ -69,11 +69,7 @@ class Worker:
             verdict, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerFailed(self._cause_of_death()) from error
-        if verdict == "unavailable":
-            raise Unavailable(answer)
-        if verdict == "failed":
-            raise WorkerFailed(answer)
-        return answer
+        return _unpacked(verdict, answer)
 
     def stop(self) -> None:
         self._connection.close()  # an idle worker then ends by itself
@@ -91,46 +87,74 @@ class Worker:
         return f"its process ended with exit code {code}{hint}"
 
 
-def _serve(connection: Connection, build: Build, threads: int, scratch: str) -> None:
+class Inline:
+    """A worker without a process of its own, for dry runs: it starts at once, and cannot die."""
+
+    def __init__(self, make: Callable[[], "Session"], threads: int) -> None:
+        self._session = make()
+
+    def ask(self, timeout: float, request: str, *arguments: object) -> Any:
+        verdict, answer = _answer(self._session, request, arguments)
+        return _unpacked(verdict, answer)
+
+    def stop(self) -> None:
+        del self._session
+
+
+def _serve(
+    connection: Connection, make: Callable[[], "Session"], threads: int, scratch: str
+) -> None:
     tempfile.tempdir = scratch  # nothing compiled in another process is found there
     torch.set_num_threads(threads)
-    session = _Session(build)
+    session = make()
     while True:
         try:
             request, arguments = connection.recv()
         except EOFError:
             return
-        try:
-            answer = ("ok", getattr(session, request)(*arguments))
-        except Unavailable as reason:
-            answer = ("unavailable", str(reason))
-        except Exception as error:
-            answer = ("failed", first_line(error))
-        connection.send(answer)
+        connection.send(_answer(session, request, arguments))
 
 
-class _Session:
+def _answer(session: "Session", request: str, arguments: tuple[object, ...]) -> tuple[str, Any]:
+    try:
+        return "ok", getattr(session, request)(*arguments)
+    except Unavailable as reason:
+        return "unavailable", str(reason)
+    except Exception as error:
+        return "failed", first_line(error)
+
+
+def _unpacked(verdict: str, answer: Any) -> Any:
+    if verdict == "unavailable":
+        raise Unavailable(answer)
+    if verdict == "failed":
+        raise WorkerFailed(answer)
+    return answer
+
+
+class Session:
     """The worker's end: the questions it answers."""
 
-    def __init__(self, build: Build) -> None:
-        self._build = build
+    def __init__(self, build: Build, device: str = "cpu") -> None:
+        self._build, self.device = build, device
         self._case: AnyCase | None = None
         self._repeats = {"forward": 1, "step": 1}
 
     def check(self, case: AnyCase) -> Checked:
+        """Build the loss of a case and answer it, timed with all that a first call compiles."""
         self._load(case)
         start = time.perf_counter()
-        result = outcome(self._loss(), self._leaves)
+        result = outcome(self._loss(), self._inputs.leaves)
         return Checked(time.perf_counter() - start, result)
 
     def warm_up(self, case: AnyCase) -> None:
         self._load(case)
-        for name in self._repeats:
-            self._repeats[name] = repeats_to_last(SAMPLE_SECONDS, self._call(name))
+        for name, call in self._calls.items():
+            self._repeats[name] = repeats_to_last(SAMPLE_SECONDS, call)
 
     def sample(self, name: str) -> Sample:
         """One timing of "forward", recording for backward as in training, or of "step"."""
-        return processor_clock(self._call(name), self._repeats[name])
+        return processor_clock(self._calls[name], self._repeats[name])
 
     def peaks(self) -> Peaks | None:
         if not can_measure():
@@ -140,13 +164,14 @@ class _Session:
 
     def _load(self, case: AnyCase) -> None:
         if case != self._case:
-            inputs = case.inputs()
-            self._leaves, self._loss = inputs.leaves, self._build(case, inputs)
+            self._inputs = case.inputs(device=self.device)
+            self._loss = self._build(case, self._inputs)
             self._case = case
 
-    def _call(self, name: str) -> Callable[[], object]:
-        return {"forward": self._loss, "step": self._step}[name]
+    @property
+    def _calls(self) -> dict[str, Callable[[], object]]:
+        return {"forward": self._loss, "step": self._step}
 
     def _step(self) -> tuple[Tensor, ...]:
         """Forward and backward, for the gradients of all leaves."""
-        return torch.autograd.grad(self._loss(), list(self._leaves.values()))
+        return torch.autograd.grad(self._loss(), list(self._inputs.leaves.values()))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,7 @@ from benchmarks.measure import (
 )
 from benchmarks.memory import free_bytes, peak_extra_bytes
 from benchmarks.providers import Loss
-from benchmarks.worker import Peaks, Worker
+from benchmarks.worker import Peaks, Session, Worker
 
 BIG = 50_000_000  # float32 elements: 200 MB
 SMALLER = 5_000_000  # 20 MB
@@ -83,7 +84,7 @@ def build_one_after_another(case: AnyCase, inputs: Inputs) -> Loss:
 
 @on_linux
 def test_live_peak_leaves_out_what_the_allocator_keeps() -> None:
-    worker = Worker(build_one_after_another, threads=1)
+    worker = Worker(partial(Session, build_one_after_another), threads=1)
     try:
         worker.ask(60, "warm_up", square_case(1, 8))
         peaks = worker.ask(60, "peaks")

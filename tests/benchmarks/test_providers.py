@@ -60,11 +60,11 @@ def test_the_truth_does_not_depend_on_its_chunks(
 @pytest.mark.parametrize("spoiled", [1.001, float("nan"), float("inf")])
 def test_a_wrong_value_or_gradient_is_unacceptable(spoiled: float) -> None:
     expected = truth(square_case(3, 8))
-    assert errors(expected, expected).acceptable
-    assert not errors(replace(expected, value=expected.value * spoiled), expected).acceptable
+    assert errors(expected, expected).acceptable()
+    assert not errors(replace(expected, value=expected.value * spoiled), expected).acceptable()
     for name, exact in expected.gradients.items():
         gradients = expected.gradients | {name: exact * spoiled}
-        assert not errors(replace(expected, gradients=gradients), expected).acceptable
+        assert not errors(replace(expected, gradients=gradients), expected).acceptable()
 
 
 def test_inputs_are_seeded_and_fewer_anchors_are_the_first_ones() -> None:

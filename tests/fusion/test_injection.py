@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rankloss import ClipLoss, HighOrderPLLoss
 from rankloss.fusion import FUSION_VARIANTS, FusionStages, Injection, MultiScaleFusion
@@ -335,3 +336,12 @@ def test_without_gate_there_is_nothing_to_penalise() -> None:
     plain = MultiScaleFusion(6, 8, stages=FusionStages(gate=False))
     z = F.normalize(torch.randn(4, 6), dim=1)
     assert plain(z, torch.randn(4, 5, 8)).gate is None
+
+
+def test_the_block_is_under_five_percent_of_a_vit_b_16() -> None:
+    """86.2 M parameters and 33.7 GFLOPs for an image of 224 pixels: 14 x 14 patches and CLS."""
+    block, tokens = MultiScaleFusion(512, 256).eval(), torch.randn(1, 196, 256)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        block(F.normalize(torch.randn(1, 512), dim=1), tokens)
+    assert 0 < sum(p.numel() for p in block.parameters()) < 0.05 * 86.2e6
+    assert 0 < counter.get_total_flops() < 0.05 * 33.7e9

@@ -19,7 +19,7 @@ import torch
 
 from rankloss.kernels.dispatch import OLDEST_TRITON
 from tests.helpers.binaries import SHARED_LIMITS, Binary, read
-from tests.helpers.launches import Launch, recorded
+from tests.helpers.launches import Launch, lists, recorded
 
 if TYPE_CHECKING:
     from rankloss.kernels.configurations import Plan
@@ -140,7 +140,6 @@ def _over_budget(row: Row) -> Iterator[str]:
 def launches_of(cell: Cell, module: ModuleType | None = None) -> list[Launch]:
     """The launches of a value with its gradients; `module` replaces the high-order kernels."""
     from rankloss.kernels import first_order, gram, high_order
-    from rankloss.kernels.signature import Lists
 
     dtype, n = DTYPES[cell.dtype], 8
     m, k = (1024, 1024) if cell.walk == "ranked" else (4096, 256)
@@ -149,14 +148,7 @@ def launches_of(cell: Cell, module: ModuleType | None = None) -> list[Launch]:
         if cell.order == 0:
             gram.distance_and_gradient(torch.empty(2, 256, 192), torch.empty(2, 256, 256), "clamp")
             return launches
-        x = Lists(
-            torch.empty(n, m),
-            torch.empty(n, k, dtype=torch.int64),
-            torch.empty(n, dtype=torch.int64),
-            torch.empty(k),
-            torch.empty(cell.order * (cell.order - 1) // 2, m, cell.r, dtype=dtype),
-            torch.empty(cell.order - 1, m, cell.r, dtype=dtype),
-        )
+        x = lists(n, k, m, cell.order, cell.r, dtype)
         kernels.nll_and_gradients(torch.empty(n), x)
     return launches
 

@@ -55,6 +55,20 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
+def lists(n: int, k: int, m: int, order: int, r: int, dtype: torch.dtype) -> Any:
+    """Arguments of the ops for n anchors that rank k of m candidates, on the default device."""
+    from rankloss.kernels.signature import Lists
+
+    return Lists(
+        torch.empty(n, m),
+        torch.empty(n, k, dtype=torch.int64),
+        torch.empty(n, dtype=torch.int64),
+        torch.empty(k),
+        torch.empty(order * (order - 1) // 2, m, r, dtype=dtype),
+        torch.empty(order - 1, m, r, dtype=dtype),
+    )
+
+
 class _Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.fn, self.kernel, self.launches = kernel.fn, kernel, launches
