@@ -339,9 +339,9 @@ def test_without_gate_there_is_nothing_to_penalise() -> None:
 
 
 def test_the_block_is_under_five_percent_of_a_vit_b_16() -> None:
-    """86.2 M parameters and 33.7 GFLOPs for an image of 224 pixels: 14 x 14 patches and CLS."""
+    """That has 86.2 M parameters, and at 224 pixels 22.5 GFLOPs besides attention itself."""
     block, tokens = MultiScaleFusion(512, 256).eval(), torch.randn(1, 196, 256)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(F.normalize(torch.randn(1, 512), dim=1), tokens)
     assert 0 < sum(p.numel() for p in block.parameters()) < 0.05 * 86.2e6
-    assert 0 < counter.get_total_flops() < 0.05 * 33.7e9
+    assert 0 < counter.get_total_flops() < 0.05 * 22.5e9
