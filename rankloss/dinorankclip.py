@@ -101,6 +101,9 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
         True
     """
 
+    loss_inputs: tuple[str, ...] = OUTPUTS
+    """Names of what `encode` returns that are arguments of the loss."""
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -291,7 +294,7 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
             ValueError: the student is distilled, and teacher_patches is None.
         """
         ids = {"image_ids": image_ids, "text_ids": text_ids}
-        given: dict[str, Any] = {name: outputs[name] for name in OUTPUTS if name in outputs}
+        given: dict[str, Any] = {n: outputs[n] for n in self.loss_inputs if n in outputs}
         given |= {name: value for name, value in ids.items() if value is not None}
         if local:  # a loss that knows no processes need not know the argument
             given["local"] = local

@@ -5,13 +5,15 @@ from typing import Any
 
 from torch import nn
 
+from rankloss.alip import ALIPLoss
 from rankloss.contrastive import CyCLIPLoss, SigLipLoss
 from rankloss.fusion import DualBranchStudent
+from rankloss.ito import ITOLoss
 from rankloss.ranking import ClipLoss, HighOrderPLLoss, RankCLIPLoss
 from rankloss.specs import Spec, build
 from rankloss.two_towers import Architecture, build_model, sizes_of
 
-LOSSES = (HighOrderPLLoss, RankCLIPLoss, ClipLoss, SigLipLoss, CyCLIPLoss)
+LOSSES = (HighOrderPLLoss, RankCLIPLoss, ClipLoss, SigLipLoss, CyCLIPLoss, ALIPLoss, ITOLoss)
 """Losses that may be given by name."""
 
 

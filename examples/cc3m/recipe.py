@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from examples.cc3m.multi_view import MultiViewCLIP, check_inputs
 from examples.common.files import UserError
 from examples.common.images import CentreCrop
 from rankloss import DinoRankCLIP
@@ -39,6 +40,9 @@ class Recipe:
         variant: key of `rankloss.fusion.FUSION_VARIANTS`; "none" has no student.
         distillation: the student's, {"PatchDistillation": {arguments}}, or None.
         gate_weight: weight of mean |gate|.
+        views: random crops of each image.
+        captions: where each caption of a sample comes from, as in `decode_caption`.
+        fusion: arguments of `ITOFusion`, for training only, or None.
     """
 
     label: str
@@ -47,15 +51,23 @@ class Recipe:
     variant: str = "none"
     distillation: dict[str, Any] | None = None
     gate_weight: float = 1e-3
+    views: int = 1
+    captions: Sequence[str] = ("txt",)
+    fusion: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, dict):
             raise ValueError(f"loss must be {{'class name': {{arguments}}}}, got {self.loss!r}")
         with torch.random.fork_rng(devices=[]):  # a trial draws weights
             build_loss({name: arguments or {} for name, arguments in self.loss.items()}, 8)
+        check_inputs(self.loss, self.views, len(self.captions), self.fusion)
         if self.variant not in FUSION_VARIANTS:
             known = ", ".join(FUSION_VARIANTS)
             raise ValueError(f"there is no variant {self.variant!r}; there are {known}")
+        if self.multi_view and self.variant != "none":
+            raise ValueError(
+                "an injection into several views or captions is not defined; choose variant: none"
+            )
         if not self.gate_weight >= 0:
             raise ValueError(f"gate_weight must not be negative, got {self.gate_weight}")
         if self.distillation is not None:
@@ -65,6 +77,11 @@ class Recipe:
                     "distillation trains a student that only an injection into the image tower "
                     "uses; choose another variant, or leave distillation out"
                 )
+
+    @property
+    def multi_view(self) -> bool:
+        """Say if samples have more than one view or caption."""
+        return self.views > 1 or len(self.captions) > 1
 
 
 def recipe_names() -> list[str]:
@@ -174,7 +191,11 @@ def student_options(name: str) -> dict[str, Any] | None:
 
 
 def build_towers(
-    recipe: Recipe, config: dict[str, Any], student: dict[str, Any] | None = None
+    recipe: Recipe,
+    config: dict[str, Any],
+    student: dict[str, Any] | None = None,
+    *,
+    inference: bool = False,
 ) -> DinoRankCLIP:
     """Build a model and everything a recipe puts around it, freshly initialised.
 
@@ -182,19 +203,24 @@ def build_towers(
         recipe: what to train with.
         config: the model's, which is built first: every recipe starts from the same one.
         student: arguments of `DualBranchStudent`; None: ViT-Tiny of the model's sizes.
+        inference: leave out what only training on several views has.
 
     Raises:
         UserError: the model cannot be built from its configuration.
     """
     architecture = {"open_clip": {**copy.deepcopy(config), **recipe.model, "output_dict": True}}
+    common: dict[str, Any] = {"architecture": architecture, "loss": recipe.loss}
     try:
-        towers = DinoRankCLIP(
-            architecture=architecture,
-            loss=recipe.loss,
-            variant=recipe.variant,
-            student=student,
-            distillation=recipe.distillation,
-            gate_weight=recipe.gate_weight,
+        towers = (
+            MultiViewCLIP(recipe.fusion, **common)
+            if recipe.multi_view and not inference
+            else DinoRankCLIP(
+                **common,
+                variant=recipe.variant,
+                student=student,
+                distillation=recipe.distillation,
+                gate_weight=recipe.gate_weight,
+            )
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"recipe {recipe.label!r} does not fit the model: {error}") from error

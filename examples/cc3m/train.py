@@ -35,6 +35,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # Threads that wait should sleep, not spin: else another program on the same cores halves our speed.
@@ -156,6 +157,8 @@ class Run(contextlib.ExitStack):
                 rank=parallel.rank,
                 world_size=parallel.world_size,
                 features=self.features,
+                views=self.recipe.views,
+                captions=self.recipe.captions,
                 grid=None if self.features is None else self.features.grid_at(size),
                 resample=settings.resample,
                 max_broken=settings.max_broken,
@@ -239,11 +242,16 @@ class Run(contextlib.ExitStack):
         with contextlib.suppress(OSError):  # on a full disk
             self._say("preempted" if kind is Interrupted else word)
 
-    def build(self) -> DinoRankCLIP:
-        """Build the same weights in every process and for every recipe."""
+    def build(self, *, inference: bool = False) -> DinoRankCLIP:
+        """Build the same weights in every process and for every recipe.
+
+        Args:
+            inference: leave out what only training has.
+        """
         settings = self.settings
         torch.manual_seed(settings.train.seed)
-        towers = build_towers(self.recipe, self.config, student_options(settings.model))
+        options = student_options(settings.model)
+        towers = build_towers(self.recipe, self.config, options, inference=inference)
         return towers.to(self.parallel.device)
 
     def _prepared(self) -> DinoRankCLIP:
@@ -348,8 +356,7 @@ class Run(contextlib.ExitStack):
         if log is None:
             return
         out, progress = self.settings.out, trainer.progress
-        weights = export(out / "export", self.config, state)
-        self._export_whole(state)
+        weights = self._export(state)
         save_curves(out / "curves.png", progress.history, progress.evaluations)
         told = json.dumps(faults) if faults else "none"
         skipped = progress.history.get("skipped", [0.0])[-1]
@@ -358,12 +365,15 @@ class Run(contextlib.ExitStack):
         log.tell(f"the whole model: rankloss.DinoRankCLIP.from_pretrained('{weights.parent}')")
         log.close()
 
-    def _export_whole(self, state: dict[str, torch.Tensor]) -> None:
+    def _export(self, state: dict[str, torch.Tensor]) -> Path:
+        """Write what inference needs of the trained weights; return open_clip's file."""
         with torch.random.fork_rng():
-            towers = self.build().cpu().to(memory_format=torch.contiguous_format)
+            towers = self.build(inference=True).cpu().to(memory_format=torch.contiguous_format)
         there = towers.state_dict()
-        towers.load_state_dict({k: v.reshape(there[k].shape) for k, v in state.items()})
+        state = {k: v.reshape(there[k].shape) for k, v in state.items() if k in there}
+        towers.load_state_dict(state)
         towers.save_pretrained(self.settings.out / "export")
+        return export(self.settings.out / "export", self.config, state)
 
 
 def load_pretrained(model: nn.Module, name: str, pretrained: str) -> None:

@@ -24,13 +24,14 @@ from examples.common.files import UserError
 from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, RankCLIPLoss, SigLipLoss
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS
+from rankloss.parts import LOSSES
 from tests.helpers.features import features
 
 THIRD = {"HighOrderPLLoss": {"order": 3}}
 
 
 def test_the_methods_recipes_are_there() -> None:
-    named = {"clip", "siglip", "cyclip", "rankclip", "highorder_r2", "highorder_r3"}
+    named = {"alip", "ito", "clip", "siglip", "cyclip", "rankclip", "highorder_r2", "highorder_r3"}
     named |= {"dinorankclip", "image_only", *(f"fusion_{name}" for name in FUSION_VARIANTS)}
     assert set(recipe_names()) == named
     labels = [load_recipe(name).label for name in recipe_names()]
@@ -41,9 +42,10 @@ def test_the_methods_recipes_are_there() -> None:
 def test_a_recipe_spells_out_every_weight_it_has(name: str) -> None:
     """Reading the file needs no look at defaults: every number of the objective is in it."""
     said = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    classes = {c.__name__: c for c in (ClipLoss, CyCLIPLoss, HighOrderPLLoss, SigLipLoss)}
+    classes = {c.__name__: c for c in LOSSES}
     ((loss, arguments),) = said["loss"].items()
-    weights = {x for x in inspect.signature(classes[loss]).parameters if x.endswith("_weight")}
+    ends = ("_weight", "_gamma", "momentum")
+    weights = {x for x in inspect.signature(classes[loss]).parameters if x.endswith(ends)}
     assert weights <= arguments.keys()
     if said.get("distillation"):
         known = set(inspect.signature(PatchDistillation).parameters)
@@ -156,6 +158,18 @@ def high(**arguments: Any) -> dict[str, Any]:
         (high(in_modal_weight=-1), "in_modal_weight|negative"),
         (high(cross_modal_weight=0.0, in_modal_weight=0.0), "weight"),
         (wrong(schedule={}), "unknown schedule; there are label, loss, model, variant"),
+        (wrong(views=2), "takes 1 views and 1 captions of a sample, got 2 views"),
+        (wrong(loss={"ALIPLoss": {}}), "ALIPLoss takes 1 views and 2 captions"),
+        (wrong(loss={"ITOLoss": {}}, views=2), "ITOLoss needs fusion"),
+        (
+            wrong(loss={"ITOLoss": {"fusion_weight": 0}}, views=2, fusion={}),
+            "ITOLoss does not use fusion",
+        ),
+        (wrong(fusion={}), "does not use fusion"),
+        (
+            wrong(loss={"ALIPLoss": {}}, captions=["txt", "json.x"], variant="image-only"),
+            "several views or captions",
+        ),
         (wrong(variant="fulll"), "no variant 'fulll'; there are none, pyr"),
         (wrong(gate_weight=-1), "gate_weight must not be negative"),
         (
@@ -177,7 +191,7 @@ def test_bad_files_are_refused_with_the_remedy(tmp_path: Path, data: Any, messag
 
 
 def test_unknown_names_are_listed() -> None:
-    with pytest.raises(UserError, match=r"no recipe 'clap'; give a \.yaml file, or one of clip, "):
+    with pytest.raises(UserError, match=r"no recipe 'clap'; give a \.yaml file, or one of alip, "):
         load_recipe("clap")
 
 
