@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist lo
 # threads that wait for others sleep: several processes share the cores in the tests
 test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-long lint benchmarks docs wheel clean
+.PHONY: demo test test-long lint benchmarks docs wheel switches clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -38,6 +38,10 @@ docs: $(STAMP)
 # The wheel, installed alone in a fresh environment, must pass the tests outside the checkout.
 wheel: $(STAMP)
 	tests/installed_wheel.sh $(BIN)/python
+
+# Each page of docs/codebases, followed from a fresh environment: minutes to install and to run.
+switches: $(STAMP)
+	$(BIN)/python -m tests.adapters.switches
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
