@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-EXTRAS = {"transformers": "transformers", "open_clip": "open_clip"}
+EXTRAS = {"transformers": "transformers", "open_clip": "open-clip"}
 """Extra of this project that installs a package; `distill` for all others."""
 
 

@@ -126,7 +126,8 @@ def _check_group(group: object, active: bool) -> None:
 
 def refuse_dtensor(name: str, value: object) -> None:
     """Raise TypeError for a DTensor, which says how it is spread but not among whose pairs."""
-    placements = getattr(value, "placements", None)  # its class takes a second to import
+    # its class takes a second to import; a traced float has no attributes
+    placements = getattr(value, "placements", None) if isinstance(value, Tensor) else None
     if placements is not None:
         raise TypeError(
             f"{name} is a DTensor with placements {placements}; pass {name}.to_local() "

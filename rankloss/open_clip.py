@@ -282,7 +282,7 @@ def _import_trainer() -> tuple[ModuleType, ModuleType]:
         import open_clip_train.main
     except ImportError as error:
         raise ImportError(
-            f"open_clip's trainer needs {error.name}; `pip install 'rankloss[open_clip]'`"
+            f"open_clip's trainer needs {error.name}; `pip install 'rankloss[open-clip]'`"
         ) from error
     return open_clip_train.main, open_clip_train.data
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,6 +89,28 @@ def test_gradients_do_not_depend_on_the_number_of_processes(group: ProcessGroup,
         assert_close(found, gradients(model))
 
 
+def one_step() -> tuple[bool, list[Tensor]]:
+    """Whether the loss's parameters moved, and to where, from unlike starts."""
+    model = Model()
+    start = list(model.rank_loss.parameters())
+    for p in start:
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(dist.get_rank()))
+    wrapped = DistributedDataParallel(model)
+    before = [p.detach().clone() for p in start]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    wrapped(*mine()).backward()
+    optimizer.step()
+    after = [p.detach() for p in start]
+    return not any(map(torch.equal, before, after)), after
+
+
+def test_parameters_of_the_loss_are_equal_on_every_process(group: ProcessGroup) -> None:
+    (moved, first), (_, second) = group.run(one_step)
+    assert moved
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def uneven() -> str:
     n = 3 + dist.get_rank()
     with pytest.raises(ValueError, match="drop_last=True") as error:
@@ -157,6 +181,17 @@ def test_cached_gradients_cross_processes_once_a_step(group: ProcessGroup) -> No
     for found, reductions in group.run(cached):
         assert_close(found, gradients(model))
         assert reductions == 1
+
+
+def spread_features() -> None:
+    images, texts = mine()
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(TypeError, match=r"image_features is a DTensor.*pass \S+\.to_local\(\)"):
+        SigLipLoss()(distribute_tensor(images, mesh, [Shard(0)]), texts, 10.0)
+
+
+def test_distributed_tensors_are_refused(group: ProcessGroup) -> None:
+    group.run(spread_features)
 
 
 def evaluate_on_first() -> float | None:
