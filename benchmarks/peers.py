@@ -25,18 +25,13 @@ def list_mle(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
     return (remaining - ranked)[:, :k].mean()
 
 
-def plackett_luce(
-    scores: Tensor,
-    ranking: Tensor,
-    predecessors: Tensor | None = None,
-    keys: Tensor | None = None,
-) -> Tensor:
+def plackett_luce(scores: Tensor, ranking: Tensor, **tables: Tensor) -> Tensor:
     """Any order >= 1 from its definition: all N x K x M utilities, then their log-sum-exp."""
     k = ranking.shape[1]
     utilities = scores[:, None, :]  # (N, 1 or K, M)
-    if predecessors is not None and keys is not None:
-        flat_keys = keys.transpose(0, 1).flatten(1)  # (M, (R-1) r)
-        utilities = utilities + queries(ranking, predecessors) @ flat_keys.T
+    if tables:
+        flat_keys = tables["keys"].transpose(0, 1).flatten(1)  # (M, (R-1) r)
+        utilities = utilities + queries(ranking, tables["predecessors"]) @ flat_keys.T
     else:
         utilities = utilities.expand(-1, k, -1)
     place = torch.arange(k, device=scores.device)

@@ -1,7 +1,7 @@
 """The project's promises for two cores, each with its measurement; information, not a test."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.measure import Spread, spread
 from benchmarks.providers import OURS
@@ -65,23 +65,23 @@ def _ratio_text(wall: Spread, cpu: Spread) -> str:
 
 
 def _speed_over(rows: Sequence[Row], case: str, peer: str, least: float) -> Target:
-    name, required = f"{case}: {peer}'s time over ours", f"at least {least}x"
-    ours, theirs = find(rows, case, OURS), find(rows, case, peer)
-    if ours is None or theirs is None:
-        return Target(name, required)
-    wall = theirs.time_over(ours)
-    text = _ratio_text(wall, theirs.time_over(ours, "step_cpu"))
-    return Target(name, required, text, wall.median >= least)
+    promise = Target(f"{case}: {peer}'s time over ours", f"at least {least}x")
+    return _ratio(promise, find(rows, case, peer), find(rows, case, OURS), lambda x: x >= least)
 
 
 def _time_of_peer(rows: Sequence[Row], case: str, peer: str, most: float) -> Target:
-    name, required = f"{case}: our time over {peer}'s", f"at most {most}x"
-    ours, theirs = find(rows, case, OURS), find(rows, case, peer)
-    if ours is None or theirs is None:
-        return Target(name, required)
-    wall = ours.time_over(theirs)
-    text = _ratio_text(wall, ours.time_over(theirs, "step_cpu"))
-    return Target(name, required, text, wall.median <= most)
+    promise = Target(f"{case}: our time over {peer}'s", f"at most {most}x")
+    return _ratio(promise, find(rows, case, OURS), find(rows, case, peer), lambda x: x <= most)
+
+
+def _ratio(
+    promise: Target, above: Row | None, below: Row | None, kept: Callable[[float], bool]
+) -> Target:
+    """Judge a promise by the ratio of two rows' times."""
+    if above is None or below is None:
+        return promise
+    wall, cpu = above.time_over(below), above.time_over(below, "step_cpu")
+    return replace(promise, measured=_ratio_text(wall, cpu), met=kept(wall.median))
 
 
 def _memory_under(rows: Sequence[Row], case: str, peer: str, times: int) -> Target:

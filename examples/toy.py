@@ -5,13 +5,14 @@ that a page needs is a batch of images and a batch of token ids.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+Model = TypeVar("Model", bound=nn.Module)
 ATTRIBUTES, VALUES = 3, 6  # 6 x 6 x 6 = 216 kinds of pictures
 PIXELS, CONTEXT, VOCABULARY = 32, 6, 64
 START, END = 62, 63  # of a caption; END is the largest id, as in CLIP's vocabulary
@@ -48,6 +49,12 @@ def recall_at_1(images: Tensor, texts: Tensor) -> float:
     """Share of images whose own caption is the nearest of all, from (N, D) features."""
     nearest = (images @ texts.T).argmax(dim=1)
     return float((nearest == torch.arange(len(images))).float().mean())
+
+
+@torch.no_grad()
+def recall(model: Model, encode: Callable[[Model, Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
+    """Image-to-text R@1 among all pairs, encoded in evaluation mode."""
+    return recall_at_1(*encode(model.eval(), *all_pairs()))
 
 
 def log(step: int, terms: Mapping[str, Tensor]) -> None:

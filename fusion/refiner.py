@@ -28,11 +28,10 @@ class SelfAttentionRefiner(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0) -> None:
         super().__init__()
+        sizes = f"{dim=}, {heads=}, {mlp_ratio=}"
         if heads < 1 or dim < 1 or dim % heads or mlp_ratio <= 0:
-            raise ValueError(
-                "SelfAttentionRefiner: dim must be a multiple of heads and sizes positive, got "
-                f"dim={dim}, heads={heads}, mlp_ratio={mlp_ratio}"
-            )
+            rule = "dim must be a multiple of heads and sizes positive"
+            raise ValueError(f"SelfAttentionRefiner: {rule}, got {sizes}")
         self.dim, self.heads = dim, heads
         self.norm_attention = nn.LayerNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * dim)

@@ -46,7 +46,8 @@ def check_inputs(
     if transitions is not None:
         check_transitions(scores, transitions)
     if mask is not None:
-        check_mask(scores, mask)
+        shapes = {f"(N, M) = {tuple(scores.shape)}": scores.shape, "(M,)": scores.shape[1:]}
+        check_mask("plackett_luce_nll", mask, shapes, ("scores", scores))
 
 
 def check_transitions(scores: Tensor, transitions: Transitions) -> None:
@@ -77,17 +78,23 @@ def check_transitions(scores: Tensor, transitions: Transitions) -> None:
             )
 
 
-def check_mask(scores: Tensor, mask: Tensor) -> None:
+def check_mask(
+    operation: str,
+    mask: Tensor,
+    shapes: Mapping[str, torch.Size],
+    like: tuple[str, Tensor],
+    name: str = "mask",
+) -> None:
+    """Check a mask: one of these shapes, by what each is called, where that tensor is."""
     if mask.dtype != torch.bool:
-        raise TypeError(f"plackett_luce_nll: mask must be bool (True keeps), got {mask.dtype}")
-    if mask.shape not in (scores.shape, scores.shape[1:]):
+        raise TypeError(f"{operation}: {name} must be bool (True keeps), got {mask.dtype}")
+    if mask.shape not in shapes.values():
         raise ValueError(
-            f"plackett_luce_nll: mask must be (N, M) = {tuple(scores.shape)} or (M,), "
-            f"got {tuple(mask.shape)}"
+            f"{operation}: {name} must be {' or '.join(shapes)}, got {tuple(mask.shape)}"
         )
-    if mask.device != scores.device:
+    if mask.device != like[1].device:
         raise ValueError(
-            f"plackett_luce_nll: scores are on {scores.device} but mask on {mask.device}; "
+            f"{operation}: {like[0]} are on {like[1].device} but {name} on {mask.device}; "
             "move them to one device"
         )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent, Injection
@@ -27,6 +28,17 @@ from rankloss.two_towers import (
 )
 
 Grid = tuple[int, int]
+
+
+class Given(TypedDict, total=False):
+    """Further arguments of `forward` that `objective` documents and defaults."""
+
+    teacher_grid: Grid | None
+    teacher_text: Tensor | None
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    local: bool
+
 
 __all__ = ["SCALARS", "DinoRankCLIP"]
 
@@ -194,12 +206,8 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
         teacher_patches: Tensor | None = None,
         teacher_cls: Tensor | None = None,
         *,
-        teacher_grid: Grid | None = None,
-        teacher_text: Tensor | None = None,
         text_mask: Tensor | None = None,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
+        **given: Unpack[Given],
     ) -> dict[str, Tensor]:
         """Compute the named and weighted loss terms of B pairs; their sum is to be minimised.
 
@@ -208,12 +216,13 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
             texts: (B, L) int64 token ids.
             teacher_patches: (B, P, D) floating, the teacher's patch tokens of the same images.
             teacher_cls: (B, D') floating, its CLS tokens.
+            text_mask: (B, L) bool, True for real tokens; None asks the student's end token.
+            **given: what more is known of the pairs, as follows.
             teacher_grid: (height, width) with height x width = P; None means the student's grid.
             teacher_text: (B, D'') floating, what the student's text branch is distilled from: the
                 pairs in the teacher's text-aligned space, which is dino.txt's text features, or
                 `TeacherFeatures.text_aligned` of the images. None leaves the text branch to the
                 loss of the embeddings.
-            text_mask: (B, L) bool, True for real tokens; None asks the student's end token.
             image_ids, text_ids: (B,) integers, as in `HighOrderPLLoss`.
             local: leave other processes out, as in `HighOrderPLLoss`.
 
@@ -225,16 +234,7 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
             ValueError: shapes do not fit, or the teacher's features are missing.
         """
         outputs = self.encode(images, texts, text_mask=text_mask)
-        return self.objective(
-            outputs,
-            teacher_patches,
-            teacher_cls,
-            teacher_grid=teacher_grid,
-            teacher_text=teacher_text,
-            image_ids=image_ids,
-            text_ids=text_ids,
-            local=local,
-        )
+        return self.objective(outputs, teacher_patches, teacher_cls, **given)
 
     def encode(
         self, images: Tensor, texts: Tensor, *, text_mask: Tensor | None = None

@@ -211,8 +211,7 @@ def gather_features(
     if processes.world_size == 1:
         return features
     if gather_with_grad:
-        gathered: Tensor = _Gather.apply(features, processes.group)
-        return gathered
+        return _gather(features, processes.group)
     gathered = _all_gather(features.detach(), processes.group)
     if not local_loss:
         start = processes.rank * len(features)
@@ -242,8 +241,7 @@ def gather_with_gradient(x: Tensor, processes: Processes) -> Tensor:
     if processes.group is None or processes.world_size == 1:
         return x
     agree(Message.about([x], gather_with_grad=True), processes.group, x.device)
-    gathered: Tensor = _Gather.apply(x, processes.group)
-    return gathered
+    return _gather(x, processes.group)
 
 
 # ---------------------------------------------------------------- gradients
@@ -273,42 +271,33 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return scaled
 
 
-class _Gather(torch.autograd.Function):
-    """Every process's (n, ...) -> (M, ...) in rank order. Its transpose is `_ScatterSum`."""
+class _Exchange(torch.autograd.Function):
+    """A gather of all processes' rows, or the sum of everyone's share of mine: transposes."""
 
     @staticmethod
-    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _all_gather(x, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _ScatterSum.apply(grad, ctx.group), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    """Every process's (M, ...) -> this process's (n, ...) rows, summed over processes."""
-
-    @staticmethod
-    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _reduce_scatter(x, group)
+    def forward(x: Tensor, group: dist.ProcessGroup, scatter: bool) -> Tensor:
+        return _reduce_scatter(x, group) if scatter else _all_gather(x, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.group = inputs[1]
+        _, ctx.group, ctx.scatter = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Gather.apply(grad, ctx.group), None
+        return _Exchange.apply(grad, ctx.group, not ctx.scatter), None, None
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Every process's (n, ...) -> (M, ...) in rank order; gradients go back to each of them."""
+    gathered: Tensor = _Exchange.apply(x, group, False)
+    return gathered
 
 
 # Newer versions of torch have the first name, and warn about the second.
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Every process's (n, ...) -> (M, ...) in rank order."""
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
     collective(gathered, x.contiguous(), group=group)
@@ -316,7 +305,10 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sums in float32 at least, so that half-precision gradients are rounded once."""
+    """Every process's (M, ...) -> this process's (n, ...) rows, summed over processes.
+
+    Sums are float32's at least, so that half-precision gradients are rounded once.
+    """
     collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     summed = wide.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])

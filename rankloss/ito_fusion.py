@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss.checks import check_option
+from rankloss.checks import check_mask, check_option
 
 Readout = Literal["cls", "image", "all"]
 
@@ -140,15 +140,9 @@ class ITOFusion(nn.Module):
             raise ValueError(f"ITOFusion: tokens must be (B, T, {dim}), got {shapes}")
         if len(image_tokens) != len(text_tokens) or image_tokens.shape[1] < 1:
             raise ValueError(f"ITOFusion: need as many images as texts, CLS first; got {shapes}")
-        if text_mask is not None and text_mask.dtype != torch.bool:
-            raise TypeError(
-                f"ITOFusion: text_mask must be bool (True keeps), got {text_mask.dtype}"
-            )
-        if text_mask is not None and text_mask.shape != text_tokens.shape[:2]:
-            raise ValueError(
-                f"ITOFusion: text_mask must be {tuple(text_tokens.shape[:2])}, got "
-                f"{tuple(text_mask.shape)}"
-            )
+        if text_mask is not None:
+            shape = {str(tuple(text_tokens.shape[:2])): text_tokens.shape[:2]}
+            check_mask("ITOFusion", text_mask, shape, ("text_tokens", text_tokens), "text_mask")
         if text_positions is not None and text_positions.shape != text_tokens.shape[1:]:
             raise ValueError(
                 f"ITOFusion: text_positions must be {tuple(text_tokens.shape[1:])}, got "

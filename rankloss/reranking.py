@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rankloss import kernels
-from rankloss.checks import check_option
+from rankloss.checks import check_mask, check_option
 from rankloss.options import Reduction
 from rankloss.plackett_luce import rankings
 
@@ -233,12 +233,9 @@ def _check(
             "PlackettLuceLoss: scores and labels must both be (N, M), one row a list; got "
             f"{tuple(scores.shape)} and {tuple(labels.shape)}"
         )
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"PlackettLuceLoss: mask must be bool (True keeps), got {mask.dtype}")
-    if mask is not None and mask.shape != scores.shape:
-        raise ValueError(
-            f"PlackettLuceLoss: mask must be {tuple(scores.shape)}, got {tuple(mask.shape)}"
-        )
+    if mask is not None:
+        shape = {str(tuple(scores.shape)): scores.shape}
+        check_mask("PlackettLuceLoss", mask, shape, ("scores", scores))
     if list_weights is not None and list_weights.shape != scores.shape[:1]:
         raise ValueError(
             f"PlackettLuceLoss: list_weights must be ({len(scores)},), got "

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankloss.contrastive import SigLipLoss
-from rankloss.global_batch import GatherOptions
+from rankloss.global_batch import GatherOptions, Inputs
+from rankloss.pair_loss import PairLoss
 from rankloss.ranking import HighOrderPLLoss
 
 
-class SigLipRankingLoss(nn.Module):
+class SigLipRankingLoss(PairLoss):
     """SigLIP's loss plus order-R ranking consistency.
 
         L = L_SigLIP + lambda_cross L_cross + lambda_in L_in
@@ -32,41 +33,21 @@ class SigLipRankingLoss(nn.Module):
     """
 
     def __init__(self, embed_dim: int | None = None, order: int = 3, **options: Any) -> None:
-        super().__init__()
         if order < 1:
             raise ValueError(f"SigLipRankingLoss: order {order} ranks nothing; use SigLipLoss")
         gather = {key: options[key] for key in GatherOptions.__annotations__ if key in options}
+        super().__init__(**gather)
         self.contrastive = SigLipLoss(**gather)
         self.ranking = HighOrderPLLoss(embed_dim, order, contrastive_weight=0.0, **options)
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        output_dict: bool = False,
-        **options: Any,
-    ) -> Tensor | dict[str, Tensor]:
-        """Return the loss of this process's pairs, or its two terms.
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss", the sigmoid's, and "ranking_loss"."""
+        ranking = self.ranking.terms(images, texts, inputs)["ranking_loss"]
+        return {**self.contrastive.terms(images, texts, inputs), "ranking_loss": ranking}
 
-        Args:
-            image_features, text_features: (n, D) unit-norm, any floating dtype.
-            logit_scale, logit_bias: 0-D or (1,), or floats; SigLIP starts from 10 and -10.
-            output_dict: return {"contrastive_loss", "ranking_loss"}, whose sum is the loss.
-            **options: `PairLoss.forward`'s other arguments, for both terms.
-        """
-        sigmoid = self.contrastive(
-            image_features, text_features, logit_scale, logit_bias, **options
-        )
-        terms = self.ranking(
-            image_features, text_features, logit_scale, output_dict=True, **options
-        )
-        if output_dict:
-            return {"contrastive_loss": sigmoid, "ranking_loss": terms["ranking_loss"]}
-        total: Tensor = sigmoid + terms["ranking_loss"]
-        return total
+    @property
+    def _feature_width(self) -> int | None:
+        return self.ranking._feature_width
 
     def set_progress(self, progress: float) -> None:
         """Set RankCLIP's ramp of the ranking terms, see `HighOrderPLLoss.set_progress`."""

@@ -130,27 +130,8 @@ def test_every_kernel_of_the_full_grid(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- what is called a fault
 
-SOUND = Row(
-    kernel="high_order.forward",
-    stage="forward",
-    target="sm_90",
-    dtype="bf16",
-    width=64,
-    walk="ranked",
-    tile="64x128",
-    warps=4,
-    stages=3,
-    registers=128,
-    spills=0,
-    shared=1024,
-    programs=2,
-    matrix=4,
-    atomics=0,
-    narrow_products=0,
-    slots_per_score=8.0,
-    exp2_per_score=1.0,
-    tensor_flops_per_score=256.0,
-)
+LAUNCH = ("high_order.forward", "forward", "sm_90", "bf16", 64, "ranked", "64x128", 4, 3)
+SOUND = Row(*LAUNCH, 128, 0, 1024, 2, 4, 0, 0, 8.0, 1.0, 256.0)
 
 
 @pytest.mark.parametrize(

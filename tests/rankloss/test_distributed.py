@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss
-from rankloss.distributed import _Gather, _ScatterSum
+from rankloss.distributed import _Exchange
 from tests.helpers.processes import ProcessGroup
 from tests.helpers.towers import (
     CUT,
@@ -141,9 +141,9 @@ def _gather_and_its_transpose() -> tuple[Tensor, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = torch.arange(6.0).reshape(3, 2) + 100 * rank
     columns = rows.T.contiguous().T  # not contiguous
-    gathered = _Gather.apply(columns, dist.group.WORLD)
+    gathered = _Exchange.apply(columns, dist.group.WORLD, False)
     spread = (1.0 + rank) * torch.arange(world * 3.0)[:, None].expand(-1, 2)  # stride 0
-    return gathered, _ScatterSum.apply(spread, dist.group.WORLD)
+    return gathered, _Exchange.apply(spread, dist.group.WORLD, True)
 
 
 def test_gather_and_its_transpose(groups: dict[int, ProcessGroup]) -> None:
