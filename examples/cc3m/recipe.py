@@ -157,21 +157,6 @@ SMALL_STUDENT: dict[str, Any] = {
 }
 """Arguments of `DualBranchStudent`: ViT-Tiny cut down in the same way."""
 
-TINY_CLIP: dict[str, Any] = {
-    "embed_dim": 32,
-    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "image_size": 32},
-    "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 32, "heads": 1, "layers": 1},
-}
-"""For tests: learns nothing worth mentioning."""
-
-TINY_STUDENT: dict[str, Any] = {
-    "token_dim": 16,
-    "image_size": 32,
-    "context_length": CONTEXT_LENGTH,
-    "image_options": {"embed_dim": 24, "depth": 1, "num_heads": 2},
-    "text_options": {"width": 16, "depth": 1, "heads": 1},
-}
-
 
 def model_config(name: str) -> dict[str, Any]:
     """Return open_clip's configuration of a model by name, or of "tiny".

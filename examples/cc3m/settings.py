@@ -47,6 +47,8 @@ class TrainSettings:
         learning_rate: at its peak; reached after `warmup_steps`, then a cosine down to 0.
         weight_decay: decay of matrices; see `parameter_groups` for what it spares.
         clip_norm: largest gradient norm; inf does not clip.
+        ema_decay: decay of a moving average of the weights, for example 0.9999, which is saved,
+            measured and exported beside them; 0 keeps none.
         precision: that of the model; amp_bf16 and amp_fp16 are autocast's.
         sharding: ddp averages gradients; fsdp2 also shards parameters and optimizer.
         checkpoint_steps: steps between checkpoints.
@@ -67,6 +69,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 40
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
     precision: Precision = "fp32"
     sharding: Sharding = "ddp"
     checkpoint_steps: int = 100
@@ -88,8 +91,9 @@ class TrainSettings:
         _check_range(self, 0, ("learning_rate", "roll_back", "seed"))
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}; inf does not clip")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        for name, decays in (("betas", self.betas), ("ema_decay", (self.ema_decay,))):
+            if not all(0 <= decay < 1 for decay in decays):
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def part_size(self, world_size: int) -> int:
         """Return the number of pairs that a process encodes at a time.

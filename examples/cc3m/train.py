@@ -34,8 +34,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Threads that wait should sleep, not spin: else another program on the same cores halves our speed.
@@ -47,8 +46,8 @@ import yaml
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from examples.cc3m.checkpoint import export, whole_state
 from examples.cc3m.evaluation import Evaluator
+from examples.cc3m.export import export, load_whole
 from examples.cc3m.features import FeatureReader
 from examples.cc3m.loader import ShardLoader
 from examples.cc3m.loop import Trainer
@@ -62,6 +61,7 @@ from examples.cc3m.recipe import (
     student_options,
 )
 from examples.cc3m.settings import CHANGEABLE, RunSettings, parse
+from examples.common.checkpoint import whole_state
 from examples.common.files import UserError, claim_directory, locked, read_json, write_text
 from examples.common.images import CentreCrop, RandomCrop
 from examples.common.parallel import Parallel, running, seed_generators
@@ -329,8 +329,11 @@ class Run(contextlib.ExitStack):
 
     def _evaluate(self, trainer: Trainer, log: RunLog | None, stop: StopRequest) -> bool:
         """Measure, in all processes together; False if one of them was asked to stop."""
+        measured: dict[str, float] = {}
         try:
-            measured = self.evaluator(self._whole(trainer), stop)
+            for prefix, towers in self._models(trainer):
+                found = self.evaluator(towers, stop)
+                measured |= {f"{prefix}{name}": value for name, value in found.items()}
         except Stopped:
             return False
         progress = trainer.progress
@@ -340,40 +343,42 @@ class Run(contextlib.ExitStack):
             log.evaluation(progress.evaluations)
         return True
 
-    def _whole(self, trainer: Trainer) -> nn.Module:
-        """Return the model itself, or a copy where each process has but a shard of it."""
-        if not any(isinstance(p, DTensor) for p in trainer.towers.parameters()):
-            return trainer.towers
-        state = whole_state(trainer.towers, everywhere=True)
-        with torch.random.fork_rng():  # building draws weights, training must not notice
-            towers = self.build()
-        there = towers.state_dict()
-        towers.load_state_dict({k: v.reshape(there[k].shape) for k, v in state.items()})
-        return towers.eval()
+    def _models(self, trainer: Trainer) -> Iterator[tuple[str, nn.Module]]:
+        """Yield what is measured, each by its prefix: the model, and the average of its weights.
+
+        It is the model itself, or a copy where each process has but a shard of it.
+        """
+        towers, step = trainer.towers, trainer.train_step
+        if not any(isinstance(p, DTensor) for p in towers.parameters()) and step.average is None:
+            yield "", towers
+            return
+        state = whole_state(towers, everywhere=True)
+        average = step.averaged(state, everywhere=True)
+        for prefix, each in (("", state), ("ema/", average)):
+            if each:
+                yield prefix, load_whole(self._built(), each)
+
+    def _built(self) -> DinoRankCLIP:
+        """Build what inference needs beside what is trained, which must not notice."""
+        with torch.random.fork_rng():
+            return self.build(inference=True)
 
     def _finish(self, trainer: Trainer, log: RunLog | None) -> None:
         state, faults = whole_state(trainer.towers), trainer.faults()
+        average = trainer.train_step.averaged(state)
         if log is None:
             return
         out, progress = self.settings.out, trainer.progress
-        weights = self._export(state)
         save_curves(out / "curves.png", progress.history, progress.evaluations)
         told = json.dumps(faults) if faults else "none"
         skipped = progress.history.get("skipped", [0.0])[-1]
         log.tell(f"faults in the data: {told}; {skipped:.0f} steps skipped")
-        log.tell(f"{weights}: open_clip.create_model('local-dir:{weights.parent}')")
-        log.tell(f"the whole model: rankloss.DinoRankCLIP.from_pretrained('{weights.parent}')")
+        for folder, weights in ((out / "export", state), (out / "export_ema", average)):
+            if weights:
+                file = export(folder, load_whole(self._built(), weights), self.config)
+                log.tell(f"{file}: open_clip.create_model('local-dir:{folder}')")
+                log.tell(f"the whole model: rankloss.DinoRankCLIP.from_pretrained('{folder}')")
         log.close()
-
-    def _export(self, state: dict[str, torch.Tensor]) -> Path:
-        """Write what inference needs of the trained weights; return open_clip's file."""
-        with torch.random.fork_rng():
-            towers = self.build(inference=True).cpu().to(memory_format=torch.contiguous_format)
-        there = towers.state_dict()
-        state = {k: v.reshape(there[k].shape) for k, v in state.items() if k in there}
-        towers.load_state_dict(state)
-        towers.save_pretrained(self.settings.out / "export")
-        return export(self.settings.out / "export", self.config, state)
 
 
 def load_pretrained(model: nn.Module, name: str, pretrained: str) -> None:

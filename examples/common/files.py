@@ -80,6 +80,7 @@ RUN_FILES = (
     "checkpoints/step_*.safetensors",
     "checkpoints/skipped_*.jsonl",
     "export/*",
+    "export_ema/*",
     "tensorboard/events.out.tfevents.*",
 )
 """All that a training run writes into its folder, and all that --fresh may remove there."""

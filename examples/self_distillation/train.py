@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.cc3m.checkpoint import Checkpoints, restore_training, training_tensors
+from examples.common.checkpoint import Checkpoints, restore_training, training_tensors
 from examples.common.files import (
     RUN_FILES,
     claim_directory,

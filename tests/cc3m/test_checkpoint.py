@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.cc3m.checkpoint import (
+from examples.common.checkpoint import (
     Checkpoints,
     load_tensors,
     restore_training,
@@ -116,7 +116,7 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from examples.cc3m.checkpoint import Checkpoints
+from examples.common.checkpoint import Checkpoints
 from examples.common.files import UserError
 there = Checkpoints(Path(sys.argv[1]))
 there.save(1, {{"x": torch.ones(3)}}, {{"step": 1}})

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 
 from examples.cc3m.monitor import RunLog, line, save_curves
 from examples.cc3m.recipe import (
-    TINY_CLIP,
     build_tokenizer,
     build_towers,
     build_transform,
@@ -25,6 +24,7 @@ from examples.evaluation.gap import alignment, modality_gap, uniformity
 from examples.evaluation.retrieval import retrieval
 from examples.evaluation.zero_shot import Classification, Stopped, zero_shot
 from rankloss import DinoRankCLIP
+from tests.helpers.tiny import TINY_CLIP
 
 
 def pairs(n: int, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

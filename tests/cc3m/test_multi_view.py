@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from examples.cc3m import recipe, train
-from examples.cc3m.checkpoint import Checkpoints
+from examples.common.checkpoint import Checkpoints
 from examples.cc3m.multi_view import MultiViewCLIP
 from rankloss import ClipLoss, DinoRankCLIP
 from tests.helpers.shards import COLOURS, jpeg

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from examples.cc3m.batch import Batch
-from examples.cc3m.checkpoint import Checkpoints
-from examples.cc3m.gradients import Gradients
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
 from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
+from examples.cc3m.step import Gradients
+from examples.common.checkpoint import Checkpoints
 from examples.common.files import UserError
 from examples.common.parallel import Parallel, running
 from examples.common.signals import Interrupted, StopRequest
@@ -74,7 +74,8 @@ def gradients(
     if sharding is not None:
         parallel = Parallel(dist.get_rank(), dist.get_world_size())
     scaler, clock = torch.amp.GradScaler("cpu", enabled=False), Clock(torch.device("cpu"))
-    Gradients(module, parallel, sharding or "ddp", "fp32", scaler, clock)(parts)  # type: ignore[arg-type]
+    settings = TrainSettings(sharding=sharding or "ddp")  # type: ignore[arg-type]
+    Gradients(module, settings, parallel, scaler, clock)(parts)
     found = {}
     for name, p in module.named_parameters():
         assert p.grad is not None, name
@@ -149,7 +150,9 @@ def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     """It halves at each overflow, which float16 has at first, and is saved like all else."""
     settings: dict[str, Any] = {"precision": "amp_fp16", "epochs": 2}
     first = trainer(str(tmp_path / "parts"), **settings)
-    first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 2.0**40})  # overflows
+    first.train_step.scaler.load_state_dict(
+        {**first.train_step.scaler.state_dict(), "scale": 2.0**40}
+    )  # overflows
     stop, update = StopRequest(), first.update
 
     def stopping(parts: list[Batch]) -> dict[str, Tensor]:
@@ -160,9 +163,9 @@ def test_the_loss_scale_of_float16_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         first.fit("test", stop)
     again = trainer(str(tmp_path / "parts"), **settings)
-    assert first.guard.total == 1
-    assert again.scaler.get_scale() == first.scaler.get_scale() == 2.0**39
-    assert again.guard.total == 1
+    assert first.train_step.guard.total == 1
+    assert again.train_step.scaler.get_scale() == first.train_step.scaler.get_scale() == 2.0**39
+    assert again.train_step.guard.total == 1
 
 
 def test_epochs_of_endless_data_have_the_planned_number_of_steps(tmp_path: Path) -> None:
@@ -249,7 +252,8 @@ def losses_and_weights(run: Trainer) -> tuple[list[float], dict[str, Tensor]]:
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in run.towers.named_parameters()
     }
-    return run.history["loss"], whole
+    average = run.train_step.averaged({"": torch.zeros(())}, everywhere=True)
+    return run.history["loss"], whole | {f"average.{k}": v for k, v in average.items()}
 
 
 def train(folder: str, settings: dict[str, Any], stop_after: int = 0) -> Any:
@@ -272,7 +276,7 @@ def train(folder: str, settings: dict[str, Any], stop_after: int = 0) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate": 2, "precision": "amp_bf16"}, {"sharding": "fsdp2"}],
+    [{}, {"accumulate": 2, "precision": "amp_bf16"}, {"sharding": "fsdp2", "ema_decay": 0.9}],
     ids=["ddp", "parts in bf16", "fsdp2"],
 )
 def test_processes_stop_together_and_resume_exactly(
@@ -312,7 +316,7 @@ def one_bad_process(folder: str) -> tuple[int, bool]:
     run.towers.train()
     run.update([part])
     same = all(torch.equal(p, before[name]) for name, p in run.towers.named_parameters())
-    return run.guard.in_a_row, same
+    return run.train_step.guard.in_a_row, same
 
 
 def test_a_bad_batch_in_one_process_is_left_out_in_all(two: ProcessGroup, tmp_path: Path) -> None:
@@ -334,18 +338,18 @@ def infinite_term(folder: str) -> tuple[int, bool, bool]:
 
     run.towers.objective = with_a_constant  # type: ignore[method-assign]
     finite: list[bool] = []
-    apply = run._apply_gradients
+    apply = run.train_step._apply_gradients
 
-    def looking(*arguments: Any) -> None:
+    def looking(*arguments: Any) -> bool:
         gradients = [p.grad for p in run.towers.parameters() if p.grad is not None]
         finite.extend(bool(gradient.isfinite().all()) for gradient in gradients)
-        apply(*arguments)
+        return apply(*arguments)
 
-    run._apply_gradients = looking  # type: ignore[method-assign, assignment]
+    run.train_step._apply_gradients = looking  # type: ignore[method-assign, assignment]
     run.towers.train()
     run.update([part])
     same = all(torch.equal(p, before[name]) for name, p in run.towers.named_parameters())
-    return run.guard.in_a_row, same, bool(finite) and all(finite)
+    return run.train_step.guard.in_a_row, same, bool(finite) and all(finite)
 
 
 def test_a_term_that_is_infinite_in_one_process_skips_the_step_in_all(

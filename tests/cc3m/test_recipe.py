@@ -14,8 +14,6 @@ from torch import nn
 from examples.cc3m.recipe import (
     RECIPES,
     SMALL_CLIP,
-    TINY_CLIP,
-    TINY_STUDENT,
     build_towers,
     load_recipe,
     recipe_names,
@@ -26,6 +24,7 @@ from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS
 from rankloss.parts import LOSSES
 from tests.helpers.features import features
+from tests.helpers.tiny import TINY_CLIP, TINY_STUDENT
 
 THIRD = {"HighOrderPLLoss": {"order": 3}}
 

@@ -20,7 +20,7 @@ from tests.helpers.shards import write_pairs
 FAULTS = """
 import errno, random
 dice = random.Random()  # its own: the run's generators are saved with it
-from examples.cc3m import checkpoint
+from examples.common import checkpoint
 fault = os.environ["FAULT"]
 times = {"left": 1}
 def once(error, plain):

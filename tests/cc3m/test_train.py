@@ -18,9 +18,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.cc3m import extract_dinov3
-from examples.cc3m.checkpoint import Checkpoint, Checkpoints
 from examples.cc3m.settings import parse
 from examples.cc3m.train import main
+from examples.common.checkpoint import Checkpoint, Checkpoints
 from examples.common.files import UserError
 from rankloss import DinoRankCLIP
 from tests.helpers.programs import Programs, Running
@@ -39,7 +39,8 @@ import os, signal
 from examples.cc3m import recipe
 from examples.cc3m.loop import Trainer
 from examples.cc3m import train
-recipe.SMALL_CLIP.update(recipe.TINY_CLIP)
+from tests.helpers import tiny
+recipe.SMALL_CLIP.update(tiny.TINY_CLIP)
 if "CURVES" not in os.environ:
     train.save_curves = lambda *_: None
 update, rank = Trainer.update, int(os.environ.get("RANK", 0))
@@ -47,7 +48,7 @@ acts = dict(x.split("=") for x in os.environ.get("ACTS", "").split(",") if x)
 def acting(self, parts):
     act = acts.get(f"{rank}:{self.step}", "")
     if acts:
-        self.checkpoints.wait()  # which is written while training goes on
+        self.saved.checkpoints.wait()  # which is written while training goes on
         self.parallel.agree(False)
     if act.isdigit():
         os.killpg(os.getpid(), int(act))  # with the processes that read
@@ -81,7 +82,8 @@ def arguments(work: Path, out: str, *more: str) -> list[str]:
 
 def evaluated(work: Path) -> list[str]:
     pairs = str(work / "heldout" / "{00000..00001}.tar")
-    return ["--evaluation.pairs", pairs, "--evaluation.images", str(work / "classes")]
+    data = ["--evaluation.pairs", pairs, "--evaluation.images", str(work / "classes")]
+    return [*data, "--train.ema-decay", "0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ SLOW = (
     ACT
     + """
 import time
-from examples.cc3m import checkpoint
+from examples.common import checkpoint
 save_tensors = checkpoint.save_tensors
 def slow(*arguments):
     print("saving", flush=True)
@@ -284,11 +286,11 @@ def test_processes_go_on_from_one_checkpoint_or_not_at_all(work: Path, programs:
     broken = (
         ACT
         + """
-from examples.cc3m import loop
+from examples.cc3m import resume
 if rank == 1:
     def broken(path):
-        raise loop.UserError("input/output error")
-    loop.load_checkpoint = broken
+        raise resume.UserError("input/output error")
+    resume.load_checkpoint = broken
 """
     )
     processes = programs.start_all(2, command, work, broken)
@@ -413,6 +415,7 @@ def test_everything_is_there(whole: Path) -> None:
         assert all(0 <= value <= 1 for value in recalls)
         assert 0 <= entry["zeroshot-top1"] <= entry["zeroshot-top5"] <= 1
         assert 0 < entry["modality_gap"] < 2
+        assert 0 <= entry["ema/image_to_text_R@1"] <= 1
         assert 0 < entry["alignment"] < 4
         assert -8 < entry["uniformity"] < 0
     with Image.open(whole / "curves.png") as picture:
@@ -462,6 +465,9 @@ def test_open_clip_and_rankloss_load_the_weights(
     assert {f"module.{name}" for name in everything} == {x for x in trained if x[:7] == "module."}
     for name, value in everything.items():
         assert torch.equal(value, trained[f"module.{name}"]), name
+    averaged = DinoRankCLIP.from_pretrained(whole / "export_ema")
+    for i, (name, p) in enumerate(averaged.named_parameters()):
+        assert torch.equal(p, trained[f"average.module.{i}"]), name
 
 
 def test_uneven_shards_are_told_and_the_schedule_ends_where_it_should(
@@ -497,7 +503,7 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     teacher += ["--model-options", '{"depth": 1, "embed_dim": 24, "num_heads": 2}', "--dim", "8"]
     shards = str(work / "data" / "{00000..00007}.tar")
     assert extract_dinov3.main([shards, *teacher, "--resolution", "32"]) == 0
-    small = ACT + "recipe.SMALL_STUDENT.update(recipe.TINY_STUDENT)\n"
+    small = ACT + "recipe.SMALL_STUDENT.update(tiny.TINY_STUDENT)\n"
     features = ("--recipe", "dinorankclip", "--features", str(work / "data" / "features"))
     command = arguments(work, "whole_recipe", *features, "--train.epochs", "1", "--augment")
     code, said = programs.run(command, work, small)

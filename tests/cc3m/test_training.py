@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from examples.cc3m.batch import Batch
-from examples.cc3m.checkpoint import Checkpoints, load_tensors, save_tensors
-from examples.cc3m.loop import MAX_SCALE, NotFinite, Trainer, learning_rate, parameter_groups
+from examples.cc3m.loop import Trainer
 from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.settings import TrainSettings
+from examples.cc3m.step import MAX_SCALE, NotFinite, learning_rate, parameter_groups
+from examples.common.checkpoint import Checkpoints, load_tensors, save_tensors, whole_state
 from examples.common.files import (
     SettingsChanged,
     UserError,
@@ -31,7 +32,7 @@ from rankloss import ClipLoss, DinoRankCLIP, HighOrderPLLoss
 
 WIDTH, STEPS = 4, 6
 SETTINGS = TrainSettings(
-    epochs=2, batch_size=3, warmup_steps=2, checkpoint_steps=2, learning_rate=0.01
+    epochs=2, batch_size=3, warmup_steps=2, checkpoint_steps=2, learning_rate=0.01, ema_decay=0.5
 )
 
 
@@ -224,7 +225,8 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None
 
 
 def test_other_training_settings_do_not_resume(tmp_path: Path) -> None:
-    trainer(tmp_path / "checkpoint").save(wait=True)
+    run = trainer(tmp_path / "checkpoint")
+    run.saved.save(run.progress, wait=True)
     trainer(tmp_path / "checkpoint")
     with pytest.raises(UserError, match="other settings"):
         trainer(tmp_path / "checkpoint", replace(SETTINGS, learning_rate=0.5))
@@ -280,10 +282,10 @@ def test_optimizer_state_keeps_the_memory_layout(tmp_path: Path) -> None:
     run.fit("test", StopRequest())
     again = trainer(tmp_path / "checkpoint")
     weight = again.towers.get_parameter("model.image.weight")
-    assert again.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert again.train_step.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     for name, p in run.towers.named_parameters():
-        restored = again.optimizer.state[again.towers.get_parameter(name)]
-        for key, value in run.optimizer.state[p].items():
+        restored = again.train_step.optimizer.state[again.towers.get_parameter(name)]
+        for key, value in run.train_step.optimizer.state[p].items():
             assert torch.equal(restored[key], value), (name, key)
 
 
@@ -295,6 +297,23 @@ def test_the_scale_stays_within_its_bounds(tmp_path: Path) -> None:
             run.towers.get_parameter("model.logit_scale").fill_(start)
         run.update([batch])
         assert run.towers.get_parameter("model.logit_scale").item() == pytest.approx(bound)
+
+
+def test_the_average_of_the_weights_follows_them(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    batch = next(Batches().epoch(Position()))
+    name, expected = "model.text.weight", torch.zeros(())
+    for i in range(4):
+        spoilt = replace(batch, images=batch.images * (math.nan if i == 2 else 1))
+        run.update([spoilt])
+        weight = run.towers.get_parameter(name).detach()
+        if i != 2:  # a step that is left out does not count
+            expected = (expected + weight) / 2 if i else weight.clone()
+    state = whole_state(run.towers)
+    averaged = run.train_step.averaged(state)
+    assert averaged.keys() == state.keys()
+    assert torch.allclose(averaged[name], expected, rtol=1e-6)
+    assert not torch.allclose(averaged[name], state[name], rtol=1e-3)
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop(tmp_path: Path) -> None:
@@ -322,7 +341,7 @@ def test_a_good_step_ends_the_row(tmp_path: Path) -> None:
     for _ in range(3):
         run.update([broken])
         run.update([batch])
-    assert (run.guard.in_a_row, run.guard.total) == (0, 3)
+    assert (run.train_step.guard.in_a_row, run.train_step.guard.total) == (0, 3)
 
 
 def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path) -> None:
@@ -332,14 +351,14 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path) -> None:
     for scale in (1.0, 65536.0):
         run = trainer(tmp_path / str(scale), replace(SETTINGS, clip_norm=1e-3))
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
-        run.scaler = run.gradients.cached.scaler = scaler
+        run.train_step.scaler = run.train_step.gradients.cached.scaler = scaler
         seen: list[float] = []
 
         def look(optimizer: torch.optim.Optimizer, *_: object, seen: list[float] = seen) -> None:
             found = [p.grad for group in optimizer.param_groups for p in group["params"]]
             seen.append(float(torch.cat([g.flatten() for g in found if g is not None]).norm()))
 
-        run.optimizer.register_step_pre_hook(look)
+        run.train_step.optimizer.register_step_pre_hook(look)
         run.towers.eval()  # no dropout
         run.update([next(Batches().epoch(Position()))])
         norms += seen

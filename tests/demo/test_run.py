@@ -41,7 +41,7 @@ update, calls = Trainer.update, []
 def killed(self, batch):
     calls.append(1)
     if len(calls) == {KILLED_AT}:
-        self.checkpoints.wait()  # it is written while training goes on
+        self.saved.checkpoints.wait()  # it is written while training goes on
         os.kill(os.getpid(), signal.SIGKILL)
     return update(self, batch)
 Trainer.update = killed

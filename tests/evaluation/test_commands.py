@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from open_clip import CLIP
 from PIL import Image
 
-from examples.cc3m.checkpoint import export
+from examples.cc3m.export import export
+from examples.cc3m.recipe import build_towers, load_recipe
 from examples.evaluation.__main__ import main
 from examples.evaluation.report import Table
 
@@ -26,8 +26,7 @@ COLOURS = ("red", "lime", "blue", "white", "black", "yellow")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    state = {f"model.{k}": v for k, v in CLIP(**CONFIG).state_dict().items()}
-    export(folder, CONFIG, state)
+    export(folder, build_towers(load_recipe("clip"), CONFIG), CONFIG)
     return f"tiny=local-dir:{folder}"
 
 

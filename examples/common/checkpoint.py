@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from examples.common.files import UserError, write_atomically, write_json
+from examples.common.files import UserError, write_atomically
 
 LOG = logging.getLogger(__name__)
 IN_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -222,7 +222,33 @@ def restore_training(
     Raises:
         UserError: the checkpoint is of another model.
     """
-    weights, there = strip(found.tensors, "module."), module.state_dict()
+    check_weights(module, found, "module.")
+    slots = strip(found.tensors, "optimizer.")
+    if slots:
+        _restore_optimizer(module, optimizer, slots)
+    restore_weights(module, found, "module.")
+
+
+def restore_weights(module: nn.Module, found: Checkpoint, prefix: str) -> None:
+    """Put back the weights and buffers whose names begin with `prefix`.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    check_weights(module, found, prefix)
+    there = module.state_dict()
+    weights = strip(found.tensors, prefix).items()
+    state: Any = {name: value.reshape(there[name].shape) for name, value in weights}
+    set_model_state_dict(module, state, options=IN_EACH)
+
+
+def check_weights(module: nn.Module, found: Checkpoint, prefix: str) -> None:
+    """Compare names and sizes of saved weights with a module's.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    weights, there = strip(found.tensors, prefix), module.state_dict()
     wrong = sorted(weights.keys() ^ there.keys())
     wrong += [k for k in weights.keys() & there.keys() if weights[k].numel() != there[k].numel()]
     if wrong:
@@ -230,11 +256,6 @@ def restore_training(
             f"{found.path} belongs to another model (different {wrong[0]}, {len(wrong)} in all); "
             "choose another folder for this run, or remove it to start over"
         )
-    slots = strip(found.tensors, "optimizer.")
-    if slots:
-        _restore_optimizer(module, optimizer, slots)
-    whole: Any = {name: value.reshape(there[name].shape) for name, value in weights.items()}
-    set_model_state_dict(module, whole, options=IN_EACH)
 
 
 def _restore_optimizer(
@@ -268,46 +289,3 @@ def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
-
-
-# ---------------------------------------------------------------- for open_clip
-
-WEIGHTS = "open_clip_model.safetensors"
-PREPROCESSING = {
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
-"""open_clip's own for these models, which training used."""
-
-
-def export(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
-    """Write the model alone; all that a recipe put around it goes to towers.safetensors.
-
-        open_clip.create_model("ViT-B-16", pretrained="<folder>/open_clip_model.safetensors")
-        open_clip.create_model("local-dir:<folder>")             # any model, also "tiny"
-
-    Args:
-        folder: made if missing.
-        config: the model's, in the format of open_clip's model_configs.
-        state: the whole module's tensors, by name.
-
-    Returns:
-        The file with the model's weights.
-    """
-    scalars = ("logit_scale", "logit_bias")  # which FSDP2 makes tensors of one element
-    model = {
-        k: v.reshape(()) if k in scalars else v.contiguous()
-        for k, v in strip(state, "model.").items()
-    }
-    others = {k: v.contiguous() for k, v in state.items() if not k.startswith("model.")}
-    preprocessing = {**PREPROCESSING, "size": config["vision_cfg"]["image_size"]}
-    write_json(
-        folder / "open_clip_config.json",
-        {"model_cfg": config, "preprocess_cfg": preprocessing},
-    )
-    write_atomically(folder / WEIGHTS, lambda temporary: save_file(model, temporary))
-    if others:
-        write_atomically(folder / "towers.safetensors", lambda path: save_file(others, path))
-    return folder / WEIGHTS
