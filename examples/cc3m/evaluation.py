@@ -1,30 +1,22 @@
-"""Measures after an epoch: retrieval, zero-shot classification, and how the features lie.
-
-All processes take part, each with its share of the data.
-"""
+"""Measures after an epoch, by `examples.evaluation`: all processes take part, with their share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from collections.abc import Callable
 
-import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from examples.cc3m.loader import ShardLoader
 from examples.cc3m.settings import DTYPES, EvaluationSettings, Precision
 from examples.common.files import UserError
-from examples.common.images import CentreCrop
 from examples.common.parallel import Parallel
-from examples.common.shards import expand_shards
 from examples.common.signals import StopRequest
+from examples.evaluation.data import Captioned, Classification
 from examples.evaluation.gap import alignment, modality_gap, uniformity
+from examples.evaluation.models import Model, encode_pairs
+from examples.evaluation.reading import Reading
 from examples.evaluation.retrieval import retrieval
-from examples.evaluation.zero_shot import Classification, in_step, zero_shot
-
-Item = TypeVar("Item")
-Tokenize = Callable[[list[str]], Tensor]
+from examples.evaluation.zero_shot import zero_shot
 
 
 class Evaluator:
@@ -32,7 +24,7 @@ class Evaluator:
 
     Args:
         settings: what is measured, on which data.
-        transform: shows images without augmentation.
+        transform: PIL RGB -> (3, H, W), without augmentation.
         tokenize: captions -> (B, L) int64.
         parallel: processes among which the data are divided.
         precision: that of the model, as in training.
@@ -45,85 +37,51 @@ class Evaluator:
     def __init__(
         self,
         settings: EvaluationSettings,
-        transform: CentreCrop,
-        tokenize: Tokenize,
+        transform: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
         parallel: Parallel,
         precision: Precision = "fp32",
         workers: int = 0,
     ) -> None:
-        self.settings, self.parallel, self.tokenize = settings, parallel, tokenize
-        self.precision = precision
-        self.shards: list[str] | None = None
-        self.classification: Classification | None = None
+        self.settings, self.parallel, self.precision = settings, parallel, precision
+        self.transform, self.tokenize, self.workers = transform, tokenize, workers
+        self.pairs: Captioned | None = None
+        self.classes: Classification | None = None
         if settings.pairs is not None:
             try:
-                self.shards = expand_shards(settings.pairs)
-            except ValueError as error:
+                self.pairs = Captioned(settings.pairs, transform, tokenize)
+            except UserError as error:
                 raise UserError(f"--evaluation.pairs: {error}") from error
         if settings.images is not None:
-            self.classification = Classification(settings.images, settings.classes, transform)
-        self.transform, self.workers = transform, workers
+            self.classes = Classification(settings.images, settings.classes, transform)
 
     def missing(self) -> list[str]:
         """Name what will not be measured, and the option that would change it."""
         told = []
-        if self.shards is None:
+        if self.pairs is None:
             told.append("no retrieval, modality gap, alignment, uniformity (--evaluation.pairs)")
-        if self.classification is None:
+        if self.classes is None:
             told.append("no zero-shot classification (--evaluation.images)")
         return told
 
-    @torch.no_grad()
     def __call__(self, towers: nn.Module, stop: StopRequest) -> dict[str, float]:
         """Return named measures of a model in evaluation mode; the same in every process.
 
         Raises:
             Stopped: some process was asked to stop meanwhile.
         """
-        measured: dict[str, float] = {}
-        with self._autocast():
-            if self.shards is not None:
-                measured |= self._pairs(towers, self.shards, stop)
-            if self.classification is not None:
-                measured |= zero_shot(
-                    towers,
-                    self.classification,
-                    self.tokenize,
-                    self.settings.batch_size,
-                    self.parallel.device,
-                    lambda: stop.wanted,
-                    self.parallel,
-                    self.workers,
-                )
-        return measured
-
-    def _autocast(self) -> AbstractContextManager[object]:
         dtype = DTYPES.get(self.precision)
-        kind = self.parallel.device.type
-        return nullcontext() if dtype is None else torch.autocast(kind, dtype)
-
-    def _pairs(self, towers: Any, shards: list[str], stop: StopRequest) -> dict[str, float]:
-        mine = shards[self.parallel.rank :: self.parallel.world_size]
-        batches: Iterator[Any] = iter(())
-        if mine:
-            batches = ShardLoader(
-                mine,
-                self.transform,
-                self.tokenize,
-                self.settings.batch_size,
-                workers=min(self.workers, len(mine)),
-                max_broken=1.0,
-            ).epoch()
-        images, texts = [], []
-        for batch in in_step(batches, lambda: stop.wanted, self.parallel):
-            moved = batch.to(self.parallel.device)
-            images.append(towers.encode_image(moved.images).float().cpu())
-            texts.append(towers.encode_text(moved.texts).float().cpu())
-        everyones = self.parallel.gather((images, texts))
-        v, t = (torch.cat([x for each in everyones for x in each[k]]) for k in (0, 1))
-        return {
-            **retrieval(v, t),
-            "modality_gap": modality_gap(v, t),
-            "alignment": alignment(v, t),
-            "uniformity": uniformity(v, t),
-        }
+        model = Model("", towers, self.transform, self.tokenize, self.parallel.device, dtype)
+        reading = Reading(
+            self.settings.batch_size, self.parallel, self.workers, lambda: stop.wanted
+        )
+        measured: dict[str, float] = {}
+        if self.pairs is not None:
+            pairs = encode_pairs(model, self.pairs, reading)
+            measured |= retrieval(pairs.images, pairs.texts, pairs.image_of_text)
+            images, texts = pairs.images, pairs.first_texts()
+            for measure in (modality_gap, alignment, uniformity):
+                measured[measure.__name__] = measure(images, texts)
+        if self.classes is not None:
+            measured |= zero_shot(model, self.classes, reading)
+        return measured

@@ -67,7 +67,7 @@ from examples.common.images import CentreCrop, RandomCrop
 from examples.common.parallel import Parallel, running, seed_generators
 from examples.common.shards import count_samples, expand_shards
 from examples.common.signals import Interrupted, StopRequest, end_workers
-from examples.evaluation.zero_shot import Stopped
+from examples.evaluation.reading import Stopped
 from rankloss import DinoRankCLIP
 
 LOG = logging.getLogger(__name__)

@@ -65,6 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         each.add_argument("--model", action="append", required=True, metavar="[LABEL=]NAME[@W]")
         each.add_argument("--out", type=Path, default=Path("runs/evaluation"))
         each.add_argument("--batch-size", type=int, default=128)
+        each.add_argument("--workers", type=int, default=0, help="processes that decode images")
         each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         for flag, settings in command.arguments.items():
             each.add_argument(flag, **settings)

@@ -13,12 +13,19 @@ import torch
 from tqdm import tqdm
 
 from examples.common.files import UserError
-from examples.evaluation.data import captioned, classification, open_image, read_rows
+from examples.evaluation.data import (
+    Captioned,
+    Classification,
+    classification,
+    open_image,
+    read_rows,
+)
 from examples.evaluation.gap import gap_curve, gap_measures
-from examples.evaluation.models import Model, batches, encode_pairs
+from examples.evaluation.models import Model, Pairs, encode_pairs
 from examples.evaluation.probes import Labelled, knn, linear_probe
+from examples.evaluation.reading import Reading
 from examples.evaluation.retrieval import graded_agreement, retrieval
-from examples.evaluation.zero_shot import Classification, zero_shot
+from examples.evaluation.zero_shot import zero_shot
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,25 @@ class Command:
 
 
 def measure_retrieval(model: Model, options: argparse.Namespace) -> Result:
-    pairs = encode_pairs(model, captioned(options.pairs), options.batch_size)
+    pairs = _encoded(model, options)
     numbers = retrieval(pairs.images, pairs.texts, pairs.image_of_text)
     return Result(numbers, notes=[f"{len(pairs.images)} images, {len(pairs.texts)} captions."])
 
 
 def measure_gap(model: Model, options: argparse.Namespace) -> Result:
-    pairs = encode_pairs(model, captioned(options.pairs), options.batch_size)
+    pairs = _encoded(model, options)
     images, texts = pairs.images, pairs.first_texts()
     curve = gap_curve(images, texts, model.logit_scale)
     return Result(gap_measures(images, texts), curve, [f"{len(images)} images."])
+
+
+def _encoded(model: Model, options: argparse.Namespace) -> Pairs:
+    data = Captioned(options.pairs, model.transform, model.tokenize)
+    return encode_pairs(model, data, _reading(options))
+
+
+def _reading(options: argparse.Namespace) -> Reading:
+    return Reading(options.batch_size, workers=options.workers)
 
 
 def measure_zero_shot(model: Model, options: argparse.Namespace) -> Result:
@@ -61,9 +77,7 @@ def measure_zero_shot(model: Model, options: argparse.Namespace) -> Result:
             notes.append(f"{name}: not found at {images}.")
             continue
         data = classification(name, images, model.transform)
-        network, device = model.network, model.device
-        found = zero_shot(network, data, model.tokenize, options.batch_size, device, lambda: False)
-        for measure, value in (found or {}).items():
+        for measure, value in zero_shot(model, data, _reading(options)).items():
             numbers[f"{name} {measure.removeprefix('zeroshot-')}"] = value
     if not numbers:
         raise UserError(f"none of the data sets is there: {' '.join(notes)}")
@@ -73,7 +87,7 @@ def measure_zero_shot(model: Model, options: argparse.Namespace) -> Result:
 def measure_probe(model: Model, options: argparse.Namespace) -> Result:
     numbers: dict[str, float] = {}
     for name, folder in _named(options.data):
-        parts = [_features(model, f"{folder}/{x}", options.batch_size) for x in ("train", "test")]
+        parts = [_features(model, f"{folder}/{x}", options) for x in ("train", "test")]
         train, test = parts
         numbers |= {f"{name} linear {k}": v for k, v in linear_probe(train, test).items()}
         numbers[f"{name} knn top1"] = knn(train, test)
@@ -85,23 +99,24 @@ def measure_agreement(model: Model, options: argparse.Namespace) -> Result:
     if not rows:
         raise UserError(f"{options.judgements} has no rows with a score")
     cosines = []
-    for batch in batches(tqdm(rows, desc=model.label, unit="pair"), options.batch_size):
-        images = model.images([model.transform(open_image(row.image)) for row in batch])
-        cosines.append((images * model.texts([row.caption for row in batch])).sum(1))
+    for start in tqdm(range(0, len(rows), options.batch_size), desc=model.label, unit="batch"):
+        batch = rows[start : start + options.batch_size]
+        images = torch.stack([model.transform(open_image(row.image)) for row in batch])
+        texts = model.tokenize([row.caption for row in batch])
+        cosines.append((model.images(images) * model.texts(texts)).sum(1))
     scores = torch.tensor([row.score for row in rows if row.score is not None])
     numbers = graded_agreement(torch.cat(cosines), scores)
     return Result(numbers, notes=[f"{len(rows)} judgements."])
 
 
-def _features(model: Model, folder: str, batch_size: int) -> Labelled:
+def _features(model: Model, folder: str, options: argparse.Namespace) -> Labelled:
     data = Classification(folder, None, model.transform)
-    features, labels = [], []
-    for images, numbers in tqdm(data.batches(batch_size), desc=folder, unit="batch"):
-        features.append(model.images(list(images)))
-        labels.append(numbers)
-    if not features:
+    batches = tqdm(_reading(options).batches(data), desc=folder, unit="batch")
+    encoded = [(model.images(images), labels) for images, labels in batches]
+    if not encoded:
         raise UserError(f"no image in {folder} could be read")
-    return Labelled(torch.cat(features).numpy(), torch.cat(labels).numpy().astype(np.int64))
+    features, labels = (torch.cat(x).numpy() for x in zip(*encoded, strict=True))
+    return Labelled(features, labels.astype(np.int64))
 
 
 def _named(specs: list[str]) -> list[tuple[str, str]]:

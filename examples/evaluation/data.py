@@ -12,40 +12,58 @@ from typing import NamedTuple
 import open_clip
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from examples.common.files import UserError
 from examples.common.images import decode_image
 from examples.common.shards import Failures, expand_shards, read_shard
-from examples.evaluation.zero_shot import Classification
+from examples.evaluation.reading import Shared
 
+Transform = Callable[[Image.Image], Tensor]
+Tokenize = Callable[[list[str]], Tensor]
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
 """Files of ObjectNet's own `mappings` folder."""
 
 
-def captioned(source: str) -> Iterator[tuple[Image.Image, list[str]]]:
-    """Images and all captions of each.
+class Captioned(Shared):
+    """Images and all captions of each: (3, H, W) and (k, L) int64.
 
     Args:
         source: a spec of webdataset shards, whose "txt" has one caption a line; or a CSV file
             (tabs or commas) with a header, columns "filepath" and "title" (or "image" and
             "caption"), one row a caption, paths relative to the file.
+        transform: PIL RGB -> (3, H, W).
+        tokenize: captions -> (k, L) int64.
 
     Raises:
         UserError: the source cannot be read.
     """
-    if source.endswith((".csv", ".tsv")):
-        captions: dict[Path, list[str]] = {}
-        for row in read_rows(Path(source)):
-            captions.setdefault(row.image, []).append(row.caption)
-        for path, texts in captions.items():
-            yield open_image(path), texts
-        return
-    failures = Failures()
-    for shard in _shards(source):
-        for sample in read_shard(shard, failures):
-            with failures.counting():
-                texts = sample["txt"].decode("utf-8").splitlines()
-                yield decode_image(sample), [text for text in texts if text.strip()]
+
+    def __init__(self, source: str, transform: Transform, tokenize: Tokenize) -> None:
+        self.transform, self.tokenize = transform, tokenize
+        self.captions: dict[Path, list[str]] = {}
+        self.shards: list[str] = []
+        if source.endswith((".csv", ".tsv")):
+            for row in read_rows(Path(source)):
+                self.captions.setdefault(row.image, []).append(row.caption)
+        else:
+            self.shards = _shards(source)
+
+    def samples(self) -> Iterator[tuple[Image.Image, list[str]]]:
+        """Yield RGB images with their captions; samples of shards that are broken are left out."""
+        for path in self.mine(list(self.captions)):
+            yield open_image(path), self.captions[path]
+        failures = Failures()
+        for shard in self.mine(self.shards):
+            for sample in read_shard(shard, failures):
+                with failures.counting():
+                    texts = sample["txt"].decode("utf-8").splitlines()
+                    yield decode_image(sample), [text for text in texts if text.strip()]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for image, texts in self.samples():
+            if texts:
+                yield self.transform(image), self.tokenize(texts)
 
 
 class Row(NamedTuple):
@@ -96,12 +114,78 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path} is no image that can be read: {error}") from error
 
 
+class Classification(Shared):
+    """Labelled images and the names of their classes; images that cannot be read are left out.
+
+    Args:
+        images: a folder with a folder of images for each class, or a spec of shards whose samples
+            have a "cls" number.
+        classes: file with a class name a line, in the order of the numbers, or of the sorted
+            folders; None: open_clip's names of ImageNet if there are 1000 folders, else the
+            folders' names.
+        transform: PIL RGB -> (3, H, W).
+        names: those of the classes, in the place of `classes` and whatever the folders are called.
+
+    Raises:
+        UserError: there are no such images, or names are missing.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        classes: Path | None,
+        transform: Transform,
+        *,
+        names: list[str] | None = None,
+    ) -> None:
+        self.transform = transform
+        self.folder: ImageFolder | None = None
+        self.shards: list[str] = []
+        try:
+            if Path(images).is_dir():
+                self.folder = ImageFolder(images)
+            else:
+                self.shards = expand_shards(images)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{error}; give a folder of folders of images, or shards") from error
+        self.names = self._names(classes) if names is None else names
+
+    def _names(self, classes: Path | None) -> list[str]:
+        if classes is not None:
+            if not classes.exists():
+                raise UserError(f"{classes} with the names of the classes does not exist")
+            names = [x.strip() for x in classes.read_text(encoding="utf-8").splitlines()]
+            names = [name for name in names if name]
+        elif self.folder is None:
+            raise UserError("shards have numbers of classes only; give a file with their names")
+        elif len(self.folder.classes) == len(open_clip.IMAGENET_CLASSNAMES):
+            names = list(open_clip.IMAGENET_CLASSNAMES)
+        else:
+            names = [name.replace("_", " ") for name in self.folder.classes]
+        if self.folder is not None and len(names) != len(self.folder.classes):
+            raise UserError(
+                f"{classes} has {len(names)} names for {len(self.folder.classes)} folders"
+            )
+        return names
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        failures = Failures()
+        if self.folder is not None:
+            for path, label in self.mine(self.folder.samples):
+                with failures.counting():
+                    sample = {"__key__": path, "jpg": Path(path).read_bytes()}
+                    yield self.transform(decode_image(sample)), label
+            return
+        for shard in self.mine(self.shards):
+            for sample in read_shard(shard, failures):
+                with failures.counting():
+                    yield self.transform(decode_image(sample)), int(sample["cls"])
+
+
 # ---------------------------------------------------------------- ImageNet and its relatives
 
 
-def classification(
-    name: str, images: str, transform: Callable[[Image.Image], Tensor]
-) -> Classification:
+def classification(name: str, images: str, transform: Transform) -> Classification:
     """Labelled images of a data set, with the classes that it has.
 
     Args:
@@ -150,7 +234,7 @@ SUBSETS: dict[str, Callable[[], list[int]]] = {
 """Data set -> ImageNet-1k numbers of its classes, in the order of its own numbers."""
 
 
-def _objectnet(root: Path, transform: Callable[[Image.Image], Tensor]) -> Classification:
+def _objectnet(root: Path, transform: Transform) -> Classification:
     mappings = root / "mappings"
     missing = [name for name in OBJECTNET if not (mappings / name).exists()]
     if missing:
@@ -168,7 +252,7 @@ def _with_classes(
     images: str,
     names: list[str],
     folders: dict[str, int],
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     data_set: str,
     *,
     partly: bool = False,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.files import UserError
-
-Item = TypeVar("Item")
+from examples.evaluation.reading import Reading, Shared
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Model:
     """A two-tower model ready to encode.
 
     Attributes:
-        label: what reports call it.
+        label: what reports call it; progress bars are shown if there is one.
         network: has encode_image and encode_text with `normalize`, and logit_scale.
         transform: PIL RGB -> (3, H, W).
         tokenize: texts -> (B, L) int64.
         device: where it computes.
+        dtype: autocast's; None computes in that of the weights.
     """
 
     label: str
@@ -34,23 +35,31 @@ class Model:
     transform: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
     device: torch.device
+    dtype: torch.dtype | None = None
 
     @property
     def logit_scale(self) -> float:
         """The scale itself, not its logarithm."""
         return float(self.network.logit_scale.detach().exp())
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which the network computes."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
     @torch.no_grad()
-    def images(self, images: list[Tensor]) -> Tensor:
-        """(B, D) float32 unit-norm, on the CPU."""
-        features = self.network.encode_image(torch.stack(images).to(self.device), normalize=True)
+    def images(self, images: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) as (B, D) float32 unit-norm, on the CPU."""
+        with self.autocast():
+            features = self.network.encode_image(images.to(self.device), normalize=True)
         return nn.functional.normalize(features.float().cpu(), dim=1)
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> Tensor:
-        """(B, D) float32 unit-norm, on the CPU."""
-        tokens = self.tokenize(texts).to(self.device)
-        features = self.network.encode_text(tokens, normalize=True)
+    def texts(self, tokens: Tensor) -> Tensor:
+        """Encode (B, L) int64 as (B, D) float32 unit-norm, on the CPU."""
+        with self.autocast():
+            features = self.network.encode_text(tokens.to(self.device), normalize=True)
         return nn.functional.normalize(features.float().cpu(), dim=1)
 
 
@@ -88,34 +97,32 @@ def load_model(spec: str, device: torch.device) -> Model:
     return Model(label or rest, network.eval(), transform, tokenize, device)
 
 
-def encode_pairs(
-    model: Model, samples: Iterable[tuple[Image.Image, list[str]]], batch_size: int
-) -> Pairs:
-    """Encode images with their captions, in the order given.
+def encode_pairs(model: Model, data: Shared, reading: Reading) -> Pairs:
+    """Encode images with their captions, each process its share; all return all of them.
+
+    Args:
+        model: what encodes.
+        data: gives (3, H, W) images with their tokens (k, L), as `Captioned` does.
+        reading: how.
 
     Raises:
+        Stopped: some process was to stop.
         UserError: there are no samples.
     """
-    images, texts, owners, seen = [], [], [], 0
-    for batch in batches(tqdm(samples, desc=model.label, unit="image"), batch_size):
-        images.append(model.images([model.transform(image) for image, _ in batch]))
-        captions = [(seen + i, text) for i, (_, many) in enumerate(batch) for text in many]
-        seen += len(batch)
-        for part in batches(captions, batch_size):
-            texts.append(model.texts([text for _, text in part]))
-            owners += [owner for owner, _ in part]
-    if not images:
+    encoded = []
+    for images, texts in tqdm(reading.batches(data, _joined), model.label, disable=not model.label):
+        owners = torch.arange(len(images)).repeat_interleave(torch.tensor([len(x) for x in texts]))
+        encoded.append(Pairs(model.images(images), model.texts(torch.cat(texts)), owners))
+    everyones = [Pairs(*each) for share in reading.parallel.gather(encoded) for each in share]
+    if not everyones:
         raise UserError("no image with captions could be read")
-    return Pairs(torch.cat(images), torch.cat(texts), torch.tensor(owners))
+    first = torch.tensor([0, *(len(each.images) for each in everyones)]).cumsum(0)
+    return Pairs(
+        torch.cat([each.images for each in everyones]),
+        torch.cat([each.texts for each in everyones]),
+        torch.cat([each.image_of_text + n for each, n in zip(everyones, first, strict=False)]),
+    )
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one perhaps shorter."""
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _joined(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    return torch.stack([image for image, _ in samples]), [tokens for _, tokens in samples]

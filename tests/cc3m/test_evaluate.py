@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -20,9 +21,12 @@ from examples.cc3m.recipe import (
 )
 from examples.common.files import UserError
 from examples.demo.measures import match_ranks
+from examples.evaluation.data import Classification
 from examples.evaluation.gap import alignment, modality_gap, uniformity
+from examples.evaluation.models import Model
+from examples.evaluation.reading import Reading, Stopped
 from examples.evaluation.retrieval import retrieval
-from examples.evaluation.zero_shot import Classification, Stopped, zero_shot
+from examples.evaluation.zero_shot import zero_shot
 from rankloss import DinoRankCLIP
 from tests.helpers.tiny import TINY_CLIP
 
@@ -121,6 +125,10 @@ class Painter(DinoRankCLIP):
         return torch.stack([is_red, ~is_red], 1).float()
 
 
+def model(towers: DinoRankCLIP, tokenize: Callable[[list[str]], Tensor]) -> Model:
+    return Model("", towers, build_transform(TINY_CLIP), tokenize, torch.device("cpu"))
+
+
 def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
     transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), None, transform)
@@ -132,7 +140,7 @@ def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
         return tokenize(texts)
 
     towers = Painter(tokenize)
-    measured = zero_shot(towers, data, listening, 4, torch.device("cpu"))
+    measured = zero_shot(model(towers, listening), data, Reading(4))
     assert measured == {
         "zeroshot-top1": 1.0,
         "zeroshot-top5": 1.0,
@@ -140,7 +148,9 @@ def test_zero_shot_on_a_folder_with_open_clips_templates(folder: Path) -> None:
     }
     assert len(asked) == 2 * len(open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert "a bad photo of a red thing." in asked
-    assert sum(len(labels) for _, labels in data.batches(4)) == 6  # the broken one is left out
+    assert (
+        sum(len(labels) for _, labels in Reading(4).batches(data)) == 6
+    )  # the broken one is left out
 
 
 def test_wrong_names_lower_the_accuracy(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +158,7 @@ def test_wrong_names_lower_the_accuracy(folder: Path, tmp_path: Path) -> None:
     names.write_text("red thing\nblue thing\n")
     transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(folder), names, transform)
-    measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"))
+    measured = zero_shot(model(Painter(tokenize), tokenize), data, Reading(4))
     assert measured == {
         "zeroshot-top1": 0.0,
         "zeroshot-top5": 1.0,
@@ -167,7 +177,7 @@ def test_zero_shot_on_shards(folder: Path, tmp_path: Path) -> None:
     names.write_text("blue thing\nred thing")
     transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
     data = Classification(str(tmp_path / "0.tar"), names, transform)
-    measured = zero_shot(Painter(tokenize), data, tokenize, 4, torch.device("cpu"))
+    measured = zero_shot(model(Painter(tokenize), tokenize), data, Reading(4))
     assert measured == {
         "zeroshot-top1": 1.0,
         "zeroshot-top5": 1.0,
@@ -180,7 +190,7 @@ def test_an_evaluation_that_is_asked_to_stop_says_so(folder: Path) -> None:
     data = Classification(str(folder), None, transform)
     towers = Painter(tokenize)
     with pytest.raises(Stopped):
-        zero_shot(towers, data, tokenize, 4, torch.device("cpu"), lambda: True)
+        zero_shot(model(towers, tokenize), data, Reading(4, stopping=lambda: True))
 
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:

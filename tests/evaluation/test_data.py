@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from examples.common.files import UserError
-from examples.evaluation.data import captioned, classification, read_rows, subset, synsets
+from examples.evaluation.data import Captioned, classification, read_rows, subset, synsets
+from examples.evaluation.reading import Reading
 
 
 def picture(path: Path, colour: str = "red") -> Path:
@@ -24,12 +26,16 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32)
 
 
+def captions_of(path: Path) -> Iterator[tuple[Image.Image, list[str]]]:
+    return Captioned(str(path), as_tensor, lambda texts: torch.zeros(len(texts), 1)).samples()
+
+
 def test_captions_of_a_table(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "sub/b.png", "blue")
     rows = ["filepath\ttitle", "a.png\tred, mostly", "sub/b.png\tblue", "a.png\ta square"]
     (tmp_path / "t.tsv").write_text("\n".join(rows))
-    found = [(image.getpixel((0, 0)), texts) for image, texts in captioned(str(tmp_path / "t.tsv"))]
+    found = [(image.getpixel((0, 0)), texts) for image, texts in captions_of(tmp_path / "t.tsv")]
     expected = [((255, 0, 0), ["red, mostly", "a square"]), ((0, 0, 255), ["blue"])]
     assert found == expected
 
@@ -42,7 +48,7 @@ def test_captions_of_shards(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert [texts for _, texts in captioned(str(tmp_path / "0.tar"))] == [["one", "two"]]
+    assert [texts for _, texts in captions_of(tmp_path / "0.tar")] == [["one", "two"]]
 
 
 def test_a_table_that_does_not_fit(tmp_path: Path) -> None:
@@ -55,7 +61,7 @@ def test_a_table_that_does_not_fit(tmp_path: Path) -> None:
             read_rows(path)
     path.write_text("image,caption\nmissing.png,b")
     with pytest.raises(UserError, match="no image that can be read"):
-        list(captioned(str(path)))
+        list(captions_of(path))
 
 
 # ---------------------------------------------------------------- classes
@@ -89,7 +95,7 @@ def test_folders_are_numbered_as_the_data_set_does(
     for folder in folders:
         picture(tmp_path / folder / "x.png")
     data = classification(name, str(tmp_path), as_tensor)
-    ((_, found),) = data.batches(8)
+    ((_, found),) = Reading(8).batches(data)
     assert found.tolist() == labels
     assert [data.names[label] for label in labels] == classes
 
@@ -107,7 +113,7 @@ def test_objectnet_keeps_the_classes_it_shares(tmp_path: Path) -> None:
     (mappings / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
     data = classification("objectnet", str(tmp_path), as_tensor)
     assert data.names == ["banana", "bench"]
-    ((images, found),) = data.batches(8)
+    ((images, found),) = Reading(8).batches(data)
     assert (len(images), found.tolist()) == (2, [0, 1])
 
 
