@@ -251,13 +251,17 @@ class TrainStep:
     def averaged(self, state: dict[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
         """Return a whole state with the average in the place of the weights, {} if there is none.
 
+        All processes must take part.
+
         Args:
             state: of the towers, from `whole_state`.
             everywhere: as there.
         """
-        if self.average is None or not state:
+        if self.average is None:
             return {}
         average = whole_state(self.average, everywhere=everywhere)
+        if not average:
+            return {}
         names = [name for name, _ in self.towers.named_parameters()]
         return state | {name: average[f"module.{i}"] for i, name in enumerate(names)}
 

@@ -252,7 +252,7 @@ def losses_and_weights(run: Trainer) -> tuple[list[float], dict[str, Tensor]]:
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in run.towers.named_parameters()
     }
-    average = run.train_step.averaged({"": torch.zeros(())}, everywhere=True)
+    average = run.train_step.averaged({}, everywhere=True)
     return run.history["loss"], whole | {f"average.{k}": v for k, v in average.items()}
 
 
