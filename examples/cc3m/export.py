@@ -1,4 +1,4 @@
-"""What a run leaves: the whole model for rankloss, and the model inside it for open_clip."""
+"""Files that a run leaves: the whole model for rankloss, and the model inside it for open_clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in the data a run stands, and who reads what: the order of shards and of their parts."""
+"""Position of a run in its data, and who reads what: the order of shards and of their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, how that is saved, and how all processes go on from one checkpoint."""
+"""Progress of a run, how it is saved, and how all processes go on from one checkpoint."""
 
 from __future__ import annotations
 

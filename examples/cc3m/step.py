@@ -254,7 +254,7 @@ class TrainStep:
         All processes must take part.
 
         Args:
-            state: of the towers, from `whole_state`.
+            state: weights and buffers of the towers, from `whole_state`.
             everywhere: as there.
         """
         if self.average is None:

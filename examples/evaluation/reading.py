@@ -42,7 +42,7 @@ class Shared(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class Reading:
-    """How data are read.
+    """Way in which data are read.
 
     Args:
         batch_size: items that a process encodes at a time.
