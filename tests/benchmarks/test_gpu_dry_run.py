@@ -134,7 +134,7 @@ def test_flex_attention_computes_the_same_likelihood() -> None:
 
 
 def test_a_replay_can_write_the_ranking_that_the_loss_holds() -> None:
-    """Where K = M the given ranking is not copied: a captured step reads what is written to it."""
+    """The given ranking is not copied if K = M: a captured step reads what is written to it."""
     case = replace(square_case(3, 8), presorted=True)
     inputs, fresh = case.inputs(), replace(case, seed=1).inputs()
     loss = build_ours(case, inputs, "blocked")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from examples.cc3m import recipe, train
-from examples.common.checkpoint import Checkpoints
 from examples.cc3m.multi_view import MultiViewCLIP
+from examples.common.checkpoint import Checkpoints
 from rankloss import ClipLoss, DinoRankCLIP
 from tests.helpers.shards import COLOURS, jpeg
+from tests.helpers.tiny import TINY_CLIP
 
 VIT: dict[str, Any] = {
     "embed_dim": 32,
@@ -139,4 +140,4 @@ def test_features_are_the_towers_and_fused_features_those_of_their_tokens(captio
 
 def test_a_model_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="choose another --model"):
-        MultiViewCLIP({}, architecture={"open_clip": recipe.TINY_CLIP}, loss={"ITOLoss": {}})
+        MultiViewCLIP({}, architecture={"open_clip": TINY_CLIP}, loss={"ITOLoss": {}})
