@@ -90,7 +90,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(group: ProcessGroup,
 
 
 def one_step() -> tuple[bool, list[Tensor]]:
-    """Whether the loss's parameters moved, and to where, from unlike starts."""
+    """Say if the loss's parameters moved, and to where, from unlike starts."""
     model = Model()
     start = list(model.rank_loss.parameters())
     for p in start:
