@@ -40,7 +40,11 @@ def test_views_are_open_clips(size: tuple[int, int]) -> None:
         torch.manual_seed(5)
         expected = open_clip.image_transform(SIDE, is_train=train)(image)
         assert view.pixels.dtype == torch.uint8
-        assert torch.equal(normalise(view.pixels), expected)
+        if train:
+            level = 1.01 / 255 / 0.26  # of 255, in the smallest of the standard deviations
+            torch.testing.assert_close(normalise(view.pixels), expected, atol=level, rtol=0)
+        else:
+            assert torch.equal(normalise(view.pixels), expected)
     assert torch.equal(CentreCrop(SIDE)(image), expected)
     assert torch.equal(normalise(expected), expected)  # normalised before
 
