@@ -277,8 +277,13 @@ class Run(contextlib.ExitStack):
             )
         return towers
 
-    def train(self, stop: StopRequest) -> Trainer:
+    def train(self, stop: StopRequest, *, measured_elsewhere: bool = False) -> Trainer:
         """Train to the end; return what was trained, with its history.
+
+        Args:
+            stop: asks to save and stop.
+            measured_elsewhere: the caller measures the model itself, so that the log need not name
+                what the settings leave out.
 
         Raises:
             Interrupted: asked to stop, after saving.
@@ -298,6 +303,9 @@ class Run(contextlib.ExitStack):
             change=settings.change,
         )
         log = self._log(trainer)
+        if log and not measured_elsewhere:
+            for missing in self.evaluator.missing():
+                log.tell(f"not measured: {missing}")
 
         def evaluate(trainer: Trainer) -> bool:
             return self._evaluate(trainer, log, stop)
@@ -319,8 +327,6 @@ class Run(contextlib.ExitStack):
             step=trainer.step,
         )
         trainer.report = lambda step, values: log.values(step, values, self.loader.faults)
-        for missing in self.evaluator.missing():
-            log.tell(f"not measured: {missing}")
         if trainer.step:
             log.tell(f"going on after step {trainer.step} of {trainer.total_steps}")
         else:

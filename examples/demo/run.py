@@ -178,7 +178,7 @@ class Demo:
             train=replace(self.settings.training, seed=seed),
         )
         with running("cpu") as parallel, stop.listening(), Run(settings, parallel) as run:
-            return run.train(stop)
+            return run.train(stop, measured_elsewhere=True)
 
     def _budget(self) -> str:
         scenes, training = self.settings.scenes, self.settings.training
