@@ -6,26 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
+
+from rankloss.fusion.precision import can_read
 
 CALLER = 7  # frames up from a warning to the line that calls a loss
 
 LOG_SCALES = (2.0, 3.0)
 """Range where the logarithm that CLIP learns starts: ln(1/0.07) = 2.66, SigLIP's ln 10 = 2.30."""
-
-
-def can_read(*tensors: Tensor) -> bool:
-    """Tell if values can be read here: not while compiling or exporting, nor of meta or fake
-    tensors, nor inside vmap."""
-    if torch.compiler.is_compiling():
-        return False
-    return not any(x.is_meta or isinstance(x, FakeTensor) or is_transformed(x) for x in tensors)
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Tell if `x` stands for another tensor inside torch.func's vmap, grad, jvp, ..."""
-    return torch.func.debug_unwrap(x) is not x
 
 
 def warn_unless_normalized(images: Tensor, texts: Tensor) -> None:

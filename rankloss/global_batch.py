@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rankloss.advice import can_read
 from rankloss.agreement import REFUSED, Message, agree
 from rankloss.checks import as_scalar, check_features, check_ids
 from rankloss.distributed import (
@@ -20,6 +19,7 @@ from rankloss.distributed import (
     refuse_dtensor,
     scale_gradient,
 )
+from rankloss.fusion.precision import can_read
 
 
 class GatherOptions(TypedDict, total=False):

@@ -49,40 +49,30 @@ class OpenClipLoss(nn.Module):
         super().__init__()
         self.ranking, self.auxiliary = ranking, auxiliary
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        **outputs: Tensor,
-    ) -> Tensor | dict[str, Tensor]:
+    def forward(self, *, output_dict: bool = False, **outputs: Any) -> Tensor | dict[str, Tensor]:
         """Return the sum of the terms, or each by its name.
 
         Args:
-            image_features, text_features: (n, D) unit-norm.
-            logit_scale, logit_bias: 0-D or (1,), the scale exp'd.
             output_dict: return {"contrastive_loss", "ranking_loss", ...}, already weighted.
-            **outputs: whatever else the model returned, for the auxiliary loss.
+            **outputs: the model's: `image_features`, `text_features`, `logit_scale` and perhaps
+                `logit_bias`, as `PairLoss.forward` takes them; all others are for the auxiliary
+                loss.
 
         Raises:
-            TypeError: the model returned more, and there is no auxiliary loss to take it.
+            TypeError: the model returned others, and there is no auxiliary loss to take them.
         """
-        if outputs and self.auxiliary is None:
+        bias = outputs.pop("logit_bias", None)  # which open_clip's auxiliary losses do not take
+        own = {name: outputs[name] for name in ("image_features", "text_features", "logit_scale")}
+        others = outputs.keys() - own.keys()
+        if others and self.auxiliary is None:
             raise TypeError(
-                f"OpenClipLoss: the model also returned {sorted(outputs)}, which a ranking loss "
+                f"OpenClipLoss: the model also returned {sorted(others)}, which a ranking loss "
                 "does not take; give the loss that does as auxiliary="
             )
-        features = {"image_features": image_features, "text_features": text_features}
-        terms: dict[str, Tensor] = self.ranking(
-            **features, logit_scale=logit_scale, logit_bias=logit_bias, output_dict=True
-        )
+        terms: dict[str, Tensor] = self.ranking(**own, logit_bias=bias, output_dict=True)
         if self.auxiliary is not None:
-            others = self.auxiliary(
-                **features, logit_scale=logit_scale, **outputs, output_dict=True
-            )
-            terms = terms | {key: x for key, x in others.items() if key != "contrastive_loss"}
+            more = self.auxiliary(**outputs, output_dict=True)
+            terms = terms | {key: x for key, x in more.items() if key != "contrastive_loss"}
         return terms if output_dict else torch.stack(list(terms.values())).sum()
 
 
@@ -175,6 +165,8 @@ class _Launch:
             translate_keywords(use_horovod=True)
         if args.torchscript or args.trace:
             raise ValueError("a scripted or traced model cannot hold the loss; leave that flag out")
+        if args.distill_model and (args.accum_freq > 1 or "coca" in args.model.lower()):
+            raise ValueError("open_clip distils neither with --accum-freq nor into a CoCa")
         vars(args).update(vars(self.options))  # into the run's params.txt
         self.args = args
         return args

@@ -35,7 +35,11 @@ SAME_IMAGE = ["scale=(1.0,1.0)", "ratio=(1.0,1.0)"]
 
 
 def write_models(folder: Path) -> None:
+    """Configurations of two models, and weights of one as a teacher."""
+    import open_clip
+
     (folder / "models").mkdir()
+    torch.save(open_clip.CLIP(**TINY).state_dict(), folder / "teacher.pt")
     (folder / "models" / "tiny.json").write_text(json.dumps(TINY))
     (folder / "models" / "coca_tiny.json").write_text(json.dumps(COCA))
 

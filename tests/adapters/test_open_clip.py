@@ -84,21 +84,24 @@ def test_two_processes_train_save_resume_and_export(folder: Path, group: Process
         ("csv", ("--siglip",), "rank_loss.ranking.transition_heads.0.key_weight"),
         ("csv", ("--model", "coca_tiny"), "text_decoder.text_projection"),
         ("csv", ("--rank-order", "1", "--rank-ramp"), "logit_scale"),
+        ("csv", ("--distill-model", "tiny", "--distill-pretrained", "teacher.pt"), KEYS),
     ],
-    ids=["webdataset", "siglip", "coca", "rankclip"],
+    ids=["webdataset", "siglip", "coca", "rankclip", "distilled"],
 )
 def test_kinds_of_runs(
     folder: Path, group: ProcessGroup, data: str, more: tuple[str, ...], moved: str
 ) -> None:
     """Every process ends with the same, trained, finite parameters."""
     name = f"{data}{''.join(more)}"
-    options = "--epochs", "1", "--rank-order", "2", *more
+    paths = [str(folder / x) if x.endswith(".pt") else x for x in more]
+    options = "--epochs", "1", "--rank-order", "2", *paths
     first, second = run(group, folder, name, *options, data=data)
     assert_equal(first, second)
     assert all(x.isfinite().all() for x in first.values() if x.is_floating_point())
     log = (folder / "logs" / name / "out.log").read_text()
     assert "Ranking_loss" in log
     assert ("Caption_loss" in log) == ("coca_tiny" in more)
+    assert ("Distill_loss" in log) == ("--distill-model" in more)
     assert first[moved].abs().max() > 0
 
 
@@ -172,13 +175,20 @@ def parsed(*line: str) -> Namespace:
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [("--horovod", "use torchrun"), ("--torchscript", "cannot hold the loss")]
+    ("flags", "message"),
+    [
+        (["--horovod"], "use torchrun"),
+        (["--torchscript"], "cannot hold the loss"),
+        (["--distill-model", "tiny", "--accum-freq", "2"], "distils neither with --accum-freq"),
+    ],
 )
-def test_what_cannot_be_combined_is_said_at_once(folder: Path, flag: str, message: str) -> None:
+def test_what_cannot_be_combined_is_said_at_once(
+    folder: Path, flags: list[str], message: str
+) -> None:
     from rankloss.open_clip import main
 
     with pytest.raises(ValueError, match=message):
-        main(arguments(folder, "refused", flag))
+        main(arguments(folder, "refused", *flags))
 
 
 def test_trainer_is_left_as_it_was(folder: Path) -> None:
@@ -200,7 +210,9 @@ def test_outputs_nobody_takes_are_named() -> None:
 
     features = torch.eye(4)
     with pytest.raises(TypeError, match=r"also returned \['logits'\].*auxiliary="):
-        OpenClipLoss(HighOrderPLLoss(order=1))(features, features, 10.0, logits=features)
+        OpenClipLoss(HighOrderPLLoss(order=1))(
+            image_features=features, text_features=features, logit_scale=10.0, logits=features
+        )
 
 
 def test_keywords_of_open_clips_loss() -> None:

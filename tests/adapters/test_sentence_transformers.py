@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from PIL import Image
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
@@ -24,11 +26,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     PreTrainedTokenizerFast,
 )
 
 from rankloss.reranking import PlackettLuceLoss as ListLoss
 from rankloss.sentence_transformers import PlackettLuceLoss, RankingLoss, RankingTrainer
+from tests.adapters.test_transformers import clip_config
 from tests.helpers.processes import ProcessGroup
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(40))]
@@ -45,12 +51,16 @@ def write_bert(folder: Path, kind: Any) -> str:
     )  # fmt: skip
     config.num_labels = 1
     kind(config).save_pretrained(folder)
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    word_tokenizer(**special).save_pretrained(folder)
+    return str(folder)
+
+
+def word_tokenizer(**options: Any) -> Any:
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
-    special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return str(folder)
+    options |= {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **options)
 
 
 def encoder(folder: Path) -> Any:
@@ -105,6 +115,35 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
     third = RankingLoss(encoder(tmp_path), order=2, transition_dim=4)
     third.load(tmp_path / "run" / "checkpoint-4")
     assert torch.equal(third.state_dict()[KEYS], end[KEYS])
+
+
+def write_clip(folder: Path) -> str:
+    """A tiny CLIP with its processor, as a checkpoint of transformers."""
+    CLIPModel(clip_config()).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    pictures = CLIPImageProcessor(size=size, crop_size=size)
+    words = word_tokenizer(model_max_length=8)
+    CLIPProcessor(image_processor=pictures, tokenizer=words).save_pretrained(folder)
+    return str(folder)
+
+
+def test_images_and_texts(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    captions = [f"w{i} w{i + 1}" for i in range(8)]
+    rows = Dataset.from_dict({"image": list(map(Image.fromarray, pixels)), "caption": captions})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clip = Transformer(write_clip(tmp_path / "clip"))
+        model: Any = SentenceTransformer(modules=[clip], device="cpu")
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        loss = RankingLoss(model, order=2, transition_dim=4)
+        args = settings(tmp_path / "run", save_strategy="no")
+        RankingTrainer(model, args, train_dataset=rows, loss=loss).train()
+    assert state(loss)[KEYS].abs().max() > 0
+    moved = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert {f"0.model.{name}_projection.weight" for name in ("visual", "text")} < moved
 
 
 def test_two_columns_are_needed(tmp_path: Path) -> None:
