@@ -1,4 +1,4 @@
-"""Which implementation an op uses, decided by the tensor's own device."""
+"""Choice of the implementation that an op uses, decided by the tensor's own device."""
 
 import os
 import warnings

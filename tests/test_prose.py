@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("rankloss", "kernels", "fusion", "examples", "benchmarks", "tests")
-OPENINGS = ("Of", "What", "Where", "Who", "Whose", "How", "Whether", "When", "Why")
+OPENINGS = ("Of", "What", "Where", "Who", "Whose", "How", "Whether", "When", "Why", "Which", "That")
 """First words after which a reader asks: what is this about?"""
 PATH = re.compile(r"(?<![\w{<*./:-])[\w-][\w./-]*\.(?:py|md|yaml)\b(?![\w/{*])")
 PLACEHOLDER = re.compile(r"[A-Z]+/")

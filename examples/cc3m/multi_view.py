@@ -41,7 +41,7 @@ def check_inputs(
 
     Args:
         loss: {"class name": {arguments}}.
-        views, captions: of each sample.
+        views, captions: how many each sample has.
         fusion: arguments of `ITOFusion`, if there is one.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,16 +13,10 @@ import tyro
 from examples.cc3m.recipe import load_recipe, recipe_names
 from examples.common.files import UserError
 from examples.common.parallel import Sharding
+from examples.common.ranges import check_least
 
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-
-
-def _check_range(settings: object, least: float, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} must be at least {least:g}, got {value}")
 
 
 def _plain(value: Any) -> Any:
@@ -81,14 +74,12 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_range(
-            self,
-            1,
-            ("epochs", "batch_size", "accumulate", "checkpoint_steps", "keep_checkpoints"),
+        check_least(
+            self, 1, "epochs", "batch_size", "accumulate", "checkpoint_steps", "keep_checkpoints"
         )
-        _check_range(self, 1, ("log_steps",))
-        _check_range(self, 0, ("weight_decay", "warmup_steps", "keep_epochs", "most_skipped"))
-        _check_range(self, 0, ("learning_rate", "roll_back", "seed"))
+        check_least(self, 1, "log_steps")
+        check_least(self, 0, "weight_decay", "warmup_steps", "keep_epochs", "most_skipped")
+        check_least(self, 0, "learning_rate", "roll_back", "seed")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}; inf does not clip")
         for name, decays in (("betas", self.betas), ("ema_decay", (self.ema_decay,))):
@@ -176,7 +167,7 @@ class EvaluationSettings:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, ("batch_size", "every"))
+        check_least(self, 1, "batch_size", "every")
 
 
 @dataclass(frozen=True)
@@ -241,10 +232,10 @@ class RunSettings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        _check_range(self, 0, ("shuffle", "workers", "read_timeout", "max_broken"))
-        _check_range(self, 1, ("prefetch",))
+        check_least(self, 0, "shuffle", "workers", "read_timeout", "max_broken")
+        check_least(self, 1, "prefetch")
         if self.samples is not None:
-            _check_range(self, 1, ("samples",))
+            check_least(self, 1, "samples")
 
     def as_json(self) -> dict[str, Any]:
         told: dict[str, Any] = _plain(asdict(self))

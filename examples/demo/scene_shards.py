@@ -25,6 +25,7 @@ from PIL import Image
 
 from examples.common.files import UserError, read_json, replaced_directory, write_json
 from examples.common.images import decode_image
+from examples.common.ranges import check_least
 from examples.common.shards import Failures, read_shard
 from examples.demo.captions import caption
 from examples.demo.drawing import draw
@@ -39,7 +40,7 @@ HELDOUT_THINGS = (2, 2, 3)
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Which data to generate.
+    """Data to generate.
 
     Args:
         seed: decides everything.
@@ -58,14 +59,10 @@ class SceneSettings:
     omit: float = 0.4
 
     def __post_init__(self) -> None:
-        if min(self.train, self.heldout, self.probe) < 1:
-            raise ValueError("each split needs at least one sample")
-        if not 1 <= self.per_shard <= 10_000:
-            raise ValueError(f"per_shard must be 1 to 10000, got {self.per_shard}")
-        if self.image_size < 32:
-            raise ValueError(
-                f"things need image_size >= 32 to be told apart, got {self.image_size}"
-            )
+        check_least(self, 1, "train", "heldout", "probe", "per_shard")
+        check_least(self, 32, "image_size")  # else things cannot be told apart
+        if self.per_shard > 10_000:
+            raise ValueError(f"per_shard must be at most 10000, got {self.per_shard}")
 
 
 def prepare_scenes(settings: SceneSettings, directory: Path) -> dict[str, list[str]]:

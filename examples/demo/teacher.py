@@ -14,7 +14,7 @@ from examples.cc3m.features import FeatureReader
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Which teacher, as `examples.cc3m.extract_dinov3` takes it.
+    """A teacher, as `examples.cc3m.extract_dinov3` takes it.
 
     Args:
         model, options: name in timm or transformers, and arguments of its library.

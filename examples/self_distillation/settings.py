@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from examples.common.ranges import check_least
 from examples.demo.scene_shards import SceneSettings
 
 MODEL = "vit_small_patch16_dinov3"
@@ -74,8 +75,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size % self.objective.koleo_group:
-            raise ValueError(
-                "steps must be at least 1 and batch_size a multiple of "
-                f"{self.objective.koleo_group}, got {self.steps} and {self.batch_size}"
-            )
+        check_least(self, 1, "steps", "batch_size", "local_size", "checkpoint_steps")
+        group = self.objective.koleo_group
+        if self.batch_size % group:
+            raise ValueError(f"batch_size must be a multiple of {group}, got {self.batch_size}")

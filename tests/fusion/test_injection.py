@@ -339,7 +339,7 @@ def test_without_gate_there_is_nothing_to_penalise() -> None:
 
 
 def test_the_block_is_under_five_percent_of_a_vit_b_16() -> None:
-    """That has 86.2 M parameters, and at 224 pixels 22.5 GFLOPs besides attention itself."""
+    """A ViT-B/16 has 86.2 M parameters, and at 224 pixels 22.5 GFLOPs besides attention itself."""
     block, tokens = MultiScaleFusion(512, 256).eval(), torch.randn(1, 196, 256)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(F.normalize(torch.randn(1, 512), dim=1), tokens)

@@ -222,7 +222,7 @@ def _row(cell: Cell, launch: Launch, binary: Binary) -> Row:
 
 
 def _programs(target: str, binary: Binary, warps: int) -> int:
-    """That fit on one multiprocessor (AMD: compute unit) by registers and shared memory."""
+    """Count programs that fit on one multiprocessor (AMD: compute unit)."""
     memory = binary.shared + (0 if target.startswith("gfx") else 1024)
     by_memory = (SHARED_LIMITS[target] + 1024) // max(memory, 1)
     granted = -(-max(binary.registers, 1) // 8) * 8
