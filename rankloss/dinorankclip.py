@@ -224,7 +224,7 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
                 `TeacherFeatures.text_aligned` of the images. None leaves the text branch to the
                 loss of the embeddings.
             image_ids, text_ids: (B,) integers, as in `HighOrderPLLoss`.
-            local: leave other processes out, as in `HighOrderPLLoss`.
+            local: leave other processes out, as in `HighOrderPLLoss`, of all terms.
 
         Returns:
             The terms of the loss and the distillation, and "gate_loss" if there is a gate; 0-D,
@@ -307,11 +307,17 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
                 )
             patches = outputs["student_patches"]
             grid = (patches.shape[1], patches.shape[2])
+            alone: dict[str, Any] = {"local": True} if local else {}
             terms |= self.distillation(
-                patches.flatten(1, 2), grid, teacher_patches, teacher_cls, teacher_grid=teacher_grid
+                patches.flatten(1, 2),
+                grid,
+                teacher_patches,
+                teacher_cls,
+                teacher_grid=teacher_grid,
+                **alone,
             )
         if teacher_text is not None:
-            terms |= self._text_terms(outputs, teacher_text)
+            terms |= self._text_terms(outputs, teacher_text, local)
         gates = [outputs[name] for name in ("image_gate", "text_gate") if name in outputs]
         if gates and self.gate_weight > 0:
             whole = torch.cat(gates)
@@ -319,7 +325,9 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
             terms["gate_loss"] = self.gate_weight * whole.abs().mean()
         return terms
 
-    def _text_terms(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+    def _text_terms(
+        self, outputs: Mapping[str, Tensor], teacher: Tensor, local: bool
+    ) -> dict[str, Tensor]:
         """Compute the terms that distil the student's text branch."""
         if "student_text" not in outputs:
             raise ValueError(
@@ -327,7 +335,9 @@ class DinoRankCLIP(nn.Module, SavesSettings, library_name="rankloss", tags=["cli
                 "variant that injects into texts, with a distillation"
             )
         distillation: Any = self.distillation
-        terms: dict[str, Tensor] = distillation.of_texts(outputs["student_text"], teacher)
+        terms: dict[str, Tensor] = distillation.of_texts(
+            outputs["student_text"], teacher, local=local
+        )
         return terms
 
     def _distils(self) -> bool:

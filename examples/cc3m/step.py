@@ -42,7 +42,9 @@ class Encoder(nn.Module):
         self.towers = towers
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.towers.encode(batch.images, batch.texts)
+        outputs = self.towers.encode(batch.images, batch.texts)
+        # FSDP2 gathers the parameters for the backward pass by a hook that views may lose
+        return {name: x.clone() if x._is_view() else x for name, x in outputs.items()}
 
 
 class Gradients:

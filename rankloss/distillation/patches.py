@@ -8,6 +8,7 @@ from rankloss.checks import check_option
 from rankloss.distillation.gram import GramLoss, Grid
 from rankloss.distillation.pairs import full_precision
 from rankloss.distillation.relational import RelationalAngleLoss, RelationalDistanceLoss
+from rankloss.distributed import gather_with_gradient, rank_and_world_size
 from rankloss.specs import Spec, build
 
 Relations = Literal["patches", "cls"]
@@ -19,7 +20,9 @@ class PatchDistillation(nn.Module):
         lambda_gram L_Gram + lambda_rel (L_RKD-D + L_RKD-A)
 
     The Gram loss compares the patches of an image with each other. The relational losses compare
-    each image with the other images of this process; the mean of its patch tokens stands for it.
+    each image with the other images of the batches of all processes, gathered with gradient as
+    `HighOrderPLLoss` does; the mean of its patch tokens stands for it. Under DDP's averaging the
+    gradient is the global batch's.
     Source: DINORANKCLIP's objective; the weights are this project's choice. A term of weight 0 is
     not computed.
 
@@ -85,6 +88,7 @@ class PatchDistillation(nn.Module):
         teacher_cls: Tensor | None = None,
         *,
         teacher_grid: Grid | None = None,
+        local: bool = False,
     ) -> dict[str, Tensor]:
         """Compute the weighted terms, float32 scalars (float64 if given so).
 
@@ -94,12 +98,14 @@ class PatchDistillation(nn.Module):
             teacher_patches: (B, P, D) floating.
             teacher_cls: (B, D') floating; needed with relations="cls".
             teacher_grid: (height, width) with height x width = P; None means the student's.
+            local: compare images of this process only.
 
         Returns:
             "gram_loss", "distance_loss" and "angle_loss", those whose weight is not 0.
 
         Raises:
-            ValueError: shapes or devices do not fit, or teacher_cls is missing.
+            ValueError: shapes or devices do not fit, processes have different numbers of images,
+                or teacher_cls is missing.
             TypeError: an input is not floating point.
         """
         terms: dict[str, Tensor] = {}
@@ -109,15 +115,18 @@ class PatchDistillation(nn.Module):
             terms["gram_loss"] = self.gram_weight * gram
         if self.relational_weight > 0:
             teacher = self._vectors(teacher_patches, teacher_cls)
-            terms |= self._relational("", student_patches.mean(1), teacher)
+            terms |= self._relational("", student_patches.mean(1), teacher, local)
         return terms
 
-    def of_texts(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def of_texts(
+        self, student: Tensor, teacher: Tensor, *, local: bool = False
+    ) -> dict[str, Tensor]:
         """Compute the weighted relational terms of a student's text branch.
 
         Args:
             student: (B, C) floating, the mean of each text's tokens.
             teacher: (B, D) floating vectors of the same pairs in the teacher's text-aligned space.
+            local: compare texts of this process only.
 
         Returns:
             "text_distance_loss" and "text_angle_loss", or nothing with relational_weight=0.
@@ -126,9 +135,16 @@ class PatchDistillation(nn.Module):
             ValueError: shapes or devices do not fit.
             TypeError: an input is not floating point.
         """
-        return self._relational("text_", student, teacher) if self.relational_weight > 0 else {}
+        if self.relational_weight == 0:
+            return {}
+        return self._relational("text_", student, teacher, local)
 
-    def _relational(self, prefix: str, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def _relational(
+        self, prefix: str, student: Tensor, teacher: Tensor, local: bool
+    ) -> dict[str, Tensor]:
+        if not local:
+            processes = rank_and_world_size()
+            student, teacher = (gather_with_gradient(x, processes) for x in (student, teacher))
         return {
             f"{prefix}distance_loss": self.relational_weight * self.distance(student, teacher),
             f"{prefix}angle_loss": self.relational_weight * self.angle(student, teacher),
