@@ -1,0 +1,1 @@
+"""The study: questions asked before running, rows that answer them, and a report."""

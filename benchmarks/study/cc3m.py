@@ -1,0 +1,62 @@
+"""The same rows at CC3M size: commands of the training script, printed or run in turn."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.study.rows import all_rows
+from benchmarks.study.settings import Trained
+from examples.cc3m.recipe import load_recipe
+
+SEEDS = 5
+PROCESSES = 8
+EXAMPLE = "cc3m/{00000..00331}.tar"
+
+
+def commands(data: str, features: Path | None, out: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command of every run that the training script can do, seed by seed.
+
+    Rows that change the data (noise, bare captions), that want a second caption or view, that have
+    no teacher's features, or whose batches are the row are left out; all others keep their recipe
+    and its overrides, at the script's own batch, steps and augmentation.
+    """
+    for seed in range(SEEDS):
+        for row in all_rows():
+            settings = row.settings
+            if not isinstance(settings, Trained) or not _possible(settings, features):
+                continue
+            words = ["torchrun", "--nproc_per_node", str(PROCESSES), "-m", "examples.cc3m.train"]
+            words += ["--data", data, "--recipe", settings.recipe, "--train.seed", str(seed)]
+            words += ["--out", str(out / "cc3m" / row.name / f"seed{seed}")]
+            if load_recipe(settings.recipe, settings.overrides).distillation is not None:
+                words += ["--features", str(features)]
+            words += ["--override", *settings.overrides] if settings.overrides else []
+            yield f"{row.name}, seed {seed}", words
+
+
+def _possible(settings: Trained, features: Path | None) -> bool:
+    recipe = load_recipe(settings.recipe, settings.overrides)
+    as_script_does = Trained(
+        settings.recipe, settings.overrides, teacher=settings.teacher, matched=settings.matched
+    )
+    taught = recipe.distillation is None or (
+        features is not None and settings.teacher == "self-distilled"
+    )
+    return settings == as_script_does and taught
+
+
+def main(data: str | None, features: Path | None, out: Path, *, launch: bool) -> int:
+    """Print the commands, or with `launch` run them in turn; return the first failure's code.
+
+    Training scripts resume: a launch that was stopped goes on with the same command.
+    """
+    for name, words in commands(data or EXAMPLE, features, out):
+        print(f"# {name}\n{shlex.join(words)}", flush=True)
+        if launch:
+            code = subprocess.run(words, check=False).returncode
+            if code:
+                return code
+    return 0

@@ -1,0 +1,142 @@
+"""Means, paired differences and their intervals, by the test that `questions.TEST` states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.study.measures import Result
+from benchmarks.study.questions import METRICS, QUESTIONS, TEST, Question
+from benchmarks.study.rows import Row
+from benchmarks.study.settings import Scale, Trained
+from benchmarks.study.store import described, versions
+
+RESAMPLES, LEVEL, DIGITS = 10_000, 0.95, 6
+Summary = dict[str, Any]
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Return "mean", and for two values or more the ends of both intervals.
+
+    "low" and "high" are the percentile bootstrap's, "t_low" and "t_high" those of the mean's t
+    distribution.
+    """
+    mean = float(np.mean(values))
+    found = {"n": len(values), "mean": mean}
+    if len(values) > 1:
+        drawn = stats.bootstrap(
+            (np.asarray(values),),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        found |= {"low": float(drawn.low), "high": float(drawn.high)}
+        wide = stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+        found |= {"t_low": mean - float(wide), "t_high": mean + float(wide)}
+    return {name: rounded(value) for name, value in found.items()}
+
+
+def differs(found: dict[str, float]) -> bool:
+    """Say if both intervals exclude 0."""
+    if "low" not in found:
+        return False
+    ends = [(found["low"], found["high"]), (found["t_low"], found["t_high"])]
+    return all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends)
+
+
+def rounded(value: float) -> float:
+    """Return the value as the JSON holds it, to six significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def summarise(results: dict[str, dict[int, Result]], rows: Sequence[Row], scale: Scale) -> Summary:
+    """Return all that the report says, JSON-able.
+
+    Args:
+        results: by row and seed.
+        rows: the study's.
+        scale: at which they were run.
+    """
+    told = {row.name: _row(results[row.name], row) for row in rows if row.name in results}
+    questions = [_question(question, told) for question in QUESTIONS]
+    stale = sorted(
+        f"{row.name}, seed {seed}"
+        for row in rows
+        for seed, result in results.get(row.name, {}).items()
+        if result["settings"] != _as_json(described(row, seed, scale))
+    )
+    return {
+        "test": TEST,
+        "scale": _as_json(asdict(scale)),
+        "versions": versions(),
+        "rows": told,
+        "questions": questions,
+        "stale": stale,
+        "missing": [row.name for row in rows if row.name not in results],
+    }
+
+
+def _as_json(told: Any) -> Any:
+    if isinstance(told, dict):
+        return {key: _as_json(value) for key, value in told.items()}
+    return [_as_json(x) for x in told] if isinstance(told, list | tuple) else told
+
+
+def _row(results: dict[int, Result], row: Row) -> Summary:
+    """Collect a row's measures seed by seed, its cost, and the curves of its first seed."""
+    seeds = sorted(results)
+    first = results[seeds[0]]
+    names = [x for x in first["measures"] if all(x in results[s]["measures"] for s in seeds)]
+    measures = {x: [rounded(results[s]["measures"][x]) for s in seeds] for x in names}
+    cost = {
+        name: rounded(float(np.median([results[s]["cost"][name] for s in seeds])))
+        for name in first["cost"]
+    }
+    told: Summary = {"seeds": seeds, "measures": measures, "cost": cost}
+    told["means"] = {x: interval(values) for x, values in measures.items() if x in METRICS}
+    if isinstance(row.settings, Trained):
+        told["batch"] = row.settings.batch
+    curves = first["curves"]
+    if row.stage not in ("main", "photographs"):
+        curves = {}
+    return {**told, "curves": _shortened(curves)}
+
+
+def _shortened(told: Any) -> Any:
+    if isinstance(told, dict):
+        return {key: _shortened(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_shortened(x) for x in told]
+    return float(f"{told:.4g}") if isinstance(told, float) else told
+
+
+def _question(question: Question, rows: dict[str, Summary]) -> Summary:
+    """Compare the rows of a question that are there."""
+    comparisons = []
+    for ours, base in question.contrasts:
+        for metric in question.metrics:
+            values = paired(rows, ours, base, metric)
+            if values:
+                found = interval(values)
+                told = {"ours": ours, "base": base, "metric": metric, **found}
+                comparisons.append({**told, "differs": differs(found)})
+    return {"key": question.key, "comparisons": comparisons}
+
+
+def paired(rows: dict[str, Summary], ours: str, base: str, metric: str) -> list[float]:
+    """Return the differences of the seeds that both rows have, or without base the values."""
+    if ours not in rows or metric not in rows[ours]["measures"]:
+        return []
+    values = dict(zip(rows[ours]["seeds"], rows[ours]["measures"][metric], strict=True))
+    if not base:
+        return list(values.values())
+    if base not in rows or metric not in rows[base]["measures"]:
+        return []
+    others = dict(zip(rows[base]["seeds"], rows[base]["measures"][metric], strict=True))
+    return [values[seed] - others[seed] for seed in values if seed in others]

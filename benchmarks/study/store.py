@@ -1,0 +1,100 @@
+"""Results on disk: one JSON file for each run, written whole, named by a hash of its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.measures import Result, run
+from benchmarks.study.photos import PhotoFiles
+from benchmarks.study.rows import Row
+from benchmarks.study.settings import SCALES, Planted, Scale
+from examples.cc3m.files import read_json, write_json
+
+VERSION = 1
+"""Raise it when a row's meaning changes without its settings: old results are then run anew."""
+
+
+def described(row: Row, seed: int, scale: Scale) -> dict[str, Any]:
+    """Return all that determines the result of a run, JSON-able; not the row's name."""
+    settings = scale.limited(row.settings)
+    told: dict[str, Any] = {"version": VERSION, "seed": seed}
+    if isinstance(settings, Planted):
+        return {**told, "planted": asdict(settings)}
+    return {**told, "trained": settings.described(), "scale": asdict(scale)}
+
+
+def result_file(out: Path, row: Row, seed: int, scale: Scale) -> Path:
+    """Return the file of a run; rows of equal settings share it."""
+    text = json.dumps(described(row, seed, scale), sort_keys=True)
+    return out / "rows" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def save(out: Path, row: Row, seed: int, scale: Scale, result: Result) -> None:
+    """Write a result and what determined it."""
+    told = {
+        "name": row.name,
+        "seed": seed,
+        "settings": described(row, seed, scale),
+        "versions": versions(),
+        **result,
+    }
+    write_json(result_file(out, row, seed, scale), told)
+
+
+def run_and_save(row: Row, seed: int, scale: str, out: Path, photos: PhotoFiles | None) -> None:
+    """Run one row at one seed and write its file; the scale is a name, so that data are cached."""
+    result = run(row.settings, seed, SCALES[scale], (out / "data").resolve(), photos)
+    save(out, row, seed, SCALES[scale], result)
+
+
+def load(
+    out: Path, rows: Iterable[Row], seeds: Iterable[int], scale: Scale
+) -> dict[str, dict[int, Result]]:
+    """Return the results that are there, by row and seed; rows without any are left out.
+
+    Where a row's settings have changed since it was run, the old result stands in until it is run
+    again; its "settings" tell.
+    """
+    files = sorted((out / "rows").glob("*.json"))
+    by_file = {file: read_json(file) for file in files}
+    by_name = {(each["name"], each["seed"]): each for each in by_file.values()}
+    found: dict[str, dict[int, Result]] = {}
+    for row in rows:
+        for seed in seeds:
+            file = result_file(out, row, seed, scale)
+            result = by_file.get(file, by_name.get((row.name, seed)))
+            if result is not None:
+                found.setdefault(row.name, {})[seed] = result
+    return found
+
+
+def command(row: Row, seed: int, scale: Scale, photos: PhotoFiles | None) -> str:
+    """Return the command that runs one row at one seed again."""
+    words = ["python", "-m", "benchmarks.study", "--only", row.name, "--seed", str(seed)]
+    words += [] if scale.name == "cpu" else ["--scale", scale.name]
+    if photos is not None and not isinstance(row.settings, Planted) and row.settings.photos:
+        for option, path in zip(
+            ("photos", "captions", "grades"), asdict(photos).values(), strict=True
+        ):
+            words += [f"--{option}", str(path)]
+    return shlex.join([*words, "--again"])
+
+
+def versions() -> dict[str, str]:
+    """Return versions of what computes the results."""
+    names = ("open_clip_torch", "timm", "numpy", "scikit-learn", "scipy")
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
