@@ -34,7 +34,7 @@ from benchmarks.study.report import write_study
 from benchmarks.study.rows import Row, all_rows, chosen, in_order
 from benchmarks.study.settings import SCALES, Trained
 from benchmarks.study.store import command, load, result_file, run_and_save
-from examples.cc3m.files import UserError
+from examples.common.files import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study.json"

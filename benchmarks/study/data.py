@@ -147,7 +147,7 @@ def load_scenes(scenes: SceneSettings, context: int, folder: Path) -> Scenes:
         "vision_cfg": {"image_size": scenes.image_size},
         "text_cfg": {"context_length": context},
     }
-    tokenize, transform = build_tokenizer(config), build_transform(config, train=False)
+    tokenize, transform = build_tokenizer(config), build_transform(config)
     place = folder / f"scenes-{scenes.image_size}-{scenes.train}-{scenes.omit:g}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
@@ -189,5 +189,5 @@ def teacher_tokens(teacher: Teacher, pixels: Tensor, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_teacher(TEACHER if teacher == "self-distilled" else None)
-    parts = [normalised(x, IMAGENET_MEAN, IMAGENET_STD) for x in pixels.split(128)]
+    parts = [normalised(x, IMAGENET_MEAN, IMAGENET_STD) for x in torch.split(pixels, 128)]
     return torch.cat([network(x).patches for x in parts])

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.intervals import Summary
 from benchmarks.study.questions import FITTED_ORDERS, LISTS, METRICS, ORDERS, PLANTED_ORDERS, STAGES
-from examples.cc3m.files import write_atomically
+from examples.common.files import write_atomically
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
@@ -22,8 +22,9 @@ Rows = dict[str, Summary]
 def draw_figures(told: Summary, folder: Path) -> dict[str, str]:
     """Draw what there are results for; return captions by question."""
     drawn = {}
-    style = {
+    style: Any = {
         "font.size": 9,
+        "svg.fonttype": "none",
         "svg.hashsalt": "study",
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -26,7 +26,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     distribution.
     """
     mean = float(np.mean(values))
-    found = {"n": len(values), "mean": mean}
+    found = {"mean": mean}
     if len(values) > 1:
         drawn = stats.bootstrap(
             (np.asarray(values),),
@@ -39,7 +39,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
         found |= {"low": float(drawn.low), "high": float(drawn.high)}
         wide = stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
         found |= {"t_low": mean - float(wide), "t_high": mean + float(wide)}
-    return {name: rounded(value) for name, value in found.items()}
+    return {"n": len(values), **{name: rounded(value) for name, value in found.items()}}
 
 
 def differs(found: dict[str, float]) -> bool:
@@ -63,7 +63,7 @@ def summarise(results: dict[str, dict[int, Result]], rows: Sequence[Row], scale:
         rows: the study's.
         scale: at which they were run.
     """
-    told = {row.name: _row(results[row.name], row) for row in rows if row.name in results}
+    told = {row.name: _row(results[row.name], row, scale) for row in rows if row.name in results}
     questions = [_question(question, told) for question in QUESTIONS]
     stale = sorted(
         f"{row.name}, seed {seed}"
@@ -88,7 +88,7 @@ def _as_json(told: Any) -> Any:
     return [_as_json(x) for x in told] if isinstance(told, list | tuple) else told
 
 
-def _row(results: dict[int, Result], row: Row) -> Summary:
+def _row(results: dict[int, Result], row: Row, scale: Scale) -> Summary:
     """Collect a row's measures seed by seed, its cost, and the curves of its first seed."""
     seeds = sorted(results)
     first = results[seeds[0]]
@@ -100,8 +100,9 @@ def _row(results: dict[int, Result], row: Row) -> Summary:
     }
     told: Summary = {"seeds": seeds, "measures": measures, "cost": cost}
     told["means"] = {x: interval(values) for x, values in measures.items() if x in METRICS}
-    if isinstance(row.settings, Trained):
-        told["batch"] = row.settings.batch
+    settings = scale.limited(row.settings)
+    if isinstance(settings, Trained):
+        told["batch"] = settings.batch
     curves = first["curves"]
     if row.stage not in ("main", "photographs"):
         curves = {}

@@ -118,7 +118,7 @@ def _text_gate(towers: DinoRankCLIP, texts: Tensor) -> Tensor:
     student: Any = towers.student
     injection: Any = towers.injection
     values = []
-    for part in texts.split(256):
+    for part in torch.split(texts, 256):
         embedding = F.normalize(model.encode_text(part), dim=1)
         tokens = student(None, part)
         fused = injection.text(embedding, tokens.text, mask=tokens.text_mask)

@@ -87,7 +87,7 @@ def probes(towers: DinoRankCLIP, scale: Scale) -> dict[str, float]:
     for family in FAMILIES:
         parts = []
         for images, labels in _family(family, scale):
-            features = [towers.encode_image(x) for x in images.split(256)]
+            features = [towers.encode_image(x) for x in torch.split(images, 256)]
             parts.append(Labelled(torch.cat(features).numpy(), labels))
         found[f"probe_{family}"] = linear_probe(*parts, max_iter=scale.probe_iterations)["top1"]
     return {**found, "probe_mean": float(np.mean(list(found.values())))}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.study.data import Batch, normalised, second_view, to_bytes
 from benchmarks.study.settings import Scale
-from examples.cc3m.files import UserError
 from examples.cc3m.recipe import build_tokenizer
+from examples.common.files import UserError
 from examples.evaluation.gap import gap_measures
 from examples.evaluation.retrieval import graded_agreement, retrieval
 from rankloss import DinoRankCLIP
@@ -199,10 +199,10 @@ def measure_photos(
     The pairs are of each image's first caption.
     """
     pixels = normalised(data.held, CLIP_MEAN, CLIP_STD)
-    images = torch.cat([towers.encode_image(x) for x in pixels.split(256)])
+    images = torch.cat([towers.encode_image(x) for x in torch.split(pixels, 256)])
     rows, tokens, values = data.graded
     texts, graded = (
-        torch.cat([towers.encode_text(x) for x in part.split(512)])
+        torch.cat([towers.encode_text(x) for x in torch.split(part, 512)])
         for part in (data.held_texts, tokens)
     )
     found = {

@@ -55,7 +55,7 @@ def measure_planted(settings: Planted, seed: int) -> dict[str, float]:
         drawn = draw(truth, candidates, settings.lists + settings.held_out, settings.places)
     choosing = max(1, settings.lists // 5)
     sizes = [choosing, settings.lists - choosing, settings.held_out]
-    stopping, training, held_out = drawn.split(sizes)
+    stopping, training, held_out = torch.split(drawn, sizes)
     losses = {}
     for order in FITTED_ORDERS:
         model = RankingModel(settings.dim, order, settings.width, generator)
@@ -72,12 +72,12 @@ def planted_model(
     model = RankingModel(settings.dim, settings.order, settings.width, generator)
     model.requires_grad_(False)
     model.weight.copy_(torch.randn(settings.dim, generator=generator))
-    model.weight *= settings.strength / (candidates @ model.weight).square().mean().sqrt()
+    model.weight.mul_(settings.strength / (candidates @ model.weight).square().mean().sqrt())
     if model.heads is not None:
         keys = model.heads.get_parameter("key_weight")
         keys.copy_(torch.randn(keys.shape, generator=generator))
         for m, term in enumerate(transition_terms(model.heads(candidates)), start=1):
-            keys[m - 1] *= settings.strength / term.square().mean().sqrt()
+            keys[m - 1].mul_(settings.strength / term.square().mean().sqrt())
     return model
 
 

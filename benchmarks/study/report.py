@@ -11,7 +11,7 @@ from benchmarks.study.measures import Result
 from benchmarks.study.questions import METRICS, QUESTIONS, Metric, Question
 from benchmarks.study.rows import all_rows
 from benchmarks.study.settings import Scale
-from examples.cc3m.files import read_json, write_json, write_text
+from examples.common.files import read_json, write_json, write_text
 from examples.demo.report import markdown_table
 
 OPENING = """# The study: does it help, and where?
@@ -50,9 +50,10 @@ def report(told: Summary, pictures: dict[str, str]) -> str:
     parts = [OPENING, _setup(told), f"**Test.** {told['test']}", _count(by_key)]
     parts.append("## Answers")
     parts.append("\n".join(f"- {x}" for q in asked for x in _answers(q, by_key[q.key])))
+    costed: set[str] = set()
     for question in asked:
         parts.append(f"## {question.key.replace('-', ' ').capitalize()}\n\n{question.text}")
-        parts += _section(question, by_key[question.key], told)
+        parts += _section(question, by_key[question.key], told, costed)
         if question.key in pictures:
             name = f"pictures/study/{question.key}.svg"
             parts.append(f"![{pictures[question.key]}]({name})\n\n*{pictures[question.key]}*")
@@ -148,12 +149,20 @@ def _planted_answer(comparisons: list[Summary]) -> str:
     )
 
 
-def _section(question: Question, comparisons: list[Summary], told: Summary) -> Iterator[str]:
-    """Yield the tables of one question, and where we looked if the answer is no gain."""
+def _section(
+    question: Question, comparisons: list[Summary], told: Summary, costed: set[str]
+) -> Iterator[str]:
+    """Yield the tables of one question, and where we looked if the answer is no gain.
+
+    Args:
+        question, comparisons, told: what there is to tell.
+        costed: rows whose cost an earlier section told; those of this one are added.
+    """
     rows = [name for name in question.rows() if name in told["rows"]]
     yield _means(question, rows, told)
-    if all(told["rows"][name]["cost"] for name in rows):
+    if any(told["rows"][name]["cost"] for name in set(rows) - costed):
         yield _costs(rows, told)
+        costed.update(rows)
     paired = [found for found in comparisons if found["base"]]
     if paired:
         yield _differences(paired)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from examples.cc3m.recipe import SMALL_CLIP, SMALL_STUDENT, TINY_CLIP, TINY_STUDENT, load_recipe
+from examples.cc3m.recipe import SMALL_CLIP, SMALL_STUDENT, Recipe, load_recipe
 from examples.demo.scene_shards import SceneSettings
 
 Objective = Literal["recipe", "two-captions", "alip", "two-views", "ito"]
@@ -44,7 +44,7 @@ class Trained:
     Args:
         recipe, overrides: as `examples.cc3m.recipe.load_recipe` takes them.
         objective: the recipe's own, or one that needs a second caption or view.
-        teacher: of the student, where the recipe has one.
+        teacher: the student's, where the recipe has one.
         batch, steps: pairs in a step, and number of steps.
         matched: scale the steps so that the run costs as many operations as CLIP's of `steps`.
         noise: share of the pairs whose captions are shuffled among them.
@@ -67,9 +67,11 @@ class Trained:
 
     def described(self) -> dict[str, Any]:
         """Return the settings with the recipe's content in the place of its name."""
-        recipe = asdict(load_recipe(self.recipe, self.overrides))
-        recipe.pop("label")
-        return {**asdict(self), "recipe": recipe, "overrides": list(self.overrides)}
+        recipe = load_recipe(self.recipe, self.overrides)
+        start = asdict(Recipe("", {"ClipLoss": {}}))
+        content = {k: v for k, v in asdict(recipe).items() if k == "loss" or v != start[k]}
+        content.pop("label")
+        return {**asdict(self), "recipe": content, "overrides": list(self.overrides)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +82,9 @@ class Scale:
         name: told in the report.
         scenes: data; `omit` is the row's.
         model, student: architectures, as `examples.cc3m.recipe` has them.
-        learning_rate, warmup, weight_decay: of AdamW, with a cosine after the warm-up.
+        learning_rate, warmup, weight_decay: AdamW's, with a cosine after the warm-up.
         probe_train, probe_test: scenes of each family that a probe learns from and is tested on.
-        probe_iterations: of a probe's L-BFGS, at most.
+        probe_iterations: iterations of a probe's L-BFGS, at most.
         photo_margin: pixels by which a photograph is larger than its random crop.
         most_steps, most_batch, most_lists: limits of every row, for tests.
     """
@@ -115,6 +117,18 @@ class Scale:
         )
 
 
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "image_size": 32},
+    "text_cfg": {"context_length": 32, "width": 32, "heads": 1, "layers": 1},
+}
+TINY_STUDENT: dict[str, Any] = {
+    "token_dim": 16,
+    "image_size": 32,
+    "context_length": 32,
+    "image_options": {"embed_dim": 24, "depth": 1, "num_heads": 2},
+    "text_options": {"width": 16, "depth": 1, "heads": 1},
+}
 CPU = Scale()
 TOY = Scale(
     "toy",

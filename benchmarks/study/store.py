@@ -18,7 +18,7 @@ from benchmarks.study.measures import Result, run
 from benchmarks.study.photos import PhotoFiles
 from benchmarks.study.rows import Row
 from benchmarks.study.settings import SCALES, Planted, Scale
-from examples.cc3m.files import read_json, write_json
+from examples.common.files import read_json, write_json
 
 VERSION = 1
 """Raise it when a row's meaning changes without its settings: old results are then run anew."""

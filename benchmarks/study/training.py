@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.study.data import Batch, Data, batches
 from benchmarks.study.objectives import objective_of
 from benchmarks.study.settings import Scale, Trained
-from examples.cc3m.loop import clamp_scale, learning_rate, parameter_groups
 from examples.cc3m.recipe import build_towers, load_recipe
+from examples.cc3m.step import clamp_scale, learning_rate, parameter_groups
 from rankloss import DinoRankCLIP, TransitionHeads
 
 

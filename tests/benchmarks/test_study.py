@@ -3,8 +3,6 @@
 import itertools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from benchmarks.study.intervals import differs, interval, paired
 from benchmarks.study.questions import METRICS
 from benchmarks.study.report import verdict
 
-ROWS = ("planted-2-64", "order-0", "order-3", "injection", "alip", "ito", "bare-ids-order-1")
+ROWS = ("planted-2-64", "order-0", "order-3", "injection")
 SEEDS = 2
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d+\.\d+")
 
@@ -81,7 +79,7 @@ def test_tables_hold_the_means_of_their_rows(study: Study) -> None:
     for part in study.page.split("Means over seeds, with bootstrap intervals.\n\n")[1:]:
         table = part.split("\n\n")[0].splitlines()
         header, _, *lines = ([x.strip() for x in line.strip("|").split("|")] for line in table)
-        for name, seeds, *cells in lines:
+        for name, seeds, *cells in (line for line in lines if line[0] in ROWS):
             runs = [each["measures"] for each in files if each["name"] == name]
             assert len(runs) == int(seeds) == SEEDS
             for metric, cell in zip((by_label[x] for x in header[2:]), cells, strict=True):
@@ -93,11 +91,10 @@ def test_tables_hold_the_means_of_their_rows(study: Study) -> None:
 
 
 def test_a_study_that_is_done_runs_nothing_again(study: Study) -> None:
-    before, page = study.files(), study.page
-    assert main(study.arguments) == 0
+    before = study.files()
+    assert main([*study.arguments, "--no-report"]) == 0
     assert study.files() == before
     assert len(before) == len(ROWS) * SEEDS
-    assert (study.folder / "docs/study.md").read_text() == page
 
 
 def test_a_missing_run_is_run_and_gives_the_same_numbers(study: Study) -> None:
@@ -105,7 +102,7 @@ def test_a_missing_run_is_run_and_gives_the_same_numbers(study: Study) -> None:
     files = {x: json.loads(x.read_text()) for x in (study.folder / "runs/rows").glob("*.json")}
     file = next(x for x, told in files.items() if (told["name"], told["seed"]) == ("order-3", 1))
     file.unlink()
-    assert main(study.arguments) == 0
+    assert main([*study.arguments, "--no-report"]) == 0
     after = study.files()
     assert [name for name in before if before[name] != after[name]] == [file.name]
     assert json.loads(file.read_text())["measures"] == files[file]["measures"]
@@ -202,8 +199,7 @@ def test_cc3m_commands_are_ones_that_the_script_takes(tmp_path: Path) -> None:
         assert settings.train.seed in range(5)
 
 
-def test_a_bad_name_is_refused() -> None:
-    command = [sys.executable, "-m", "benchmarks.study", "--only", "order-9", "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "there is no row or stage order-9; --list names all of them" in done.stderr
+def test_a_bad_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "order-9", "--list"]) == 2
+    told = capsys.readouterr().err
+    assert "there is no row or stage order-9; --list names all of them" in told
