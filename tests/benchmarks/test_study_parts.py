@@ -180,6 +180,7 @@ def test_gain_by_place_adds_up_and_is_the_definition_s() -> None:
     assert curve["gain"][0] == pytest.approx(0, abs=1e-6)  # nothing was taken before the first
 
 
+@torch.no_grad()
 def test_terms_are_those_of_the_likelihood() -> None:
     tables = trained_heads(8, 3)(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
     beta, gamma = transition_terms(tables)
