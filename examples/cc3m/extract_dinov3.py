@@ -4,15 +4,20 @@
     python -m examples.cc3m.extract_dinov3 runs/demo/data/train/00000.tar --resolution 64 \\
         --model vit_small_patch16_dinov3 --random-weights      # anywhere, without a download
 
-Writes <folder of the shards>/features (see examples/cc3m/features.py, which also reads them back).
-Kill it at any moment: the same command goes on after the last whole shard. One process at a time.
+    torchrun --nproc_per_node 8 -m examples.cc3m.extract_dinov3 ...        # each takes its shards
+
+Writes <folder of the shards>/features (see examples/cc3m/features.py, which also reads them back),
+after saying how much disk that takes. Kill it at any moment: the same command goes on after the
+last whole shard, also with another number of processes, and writes the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,17 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.cc3m.extraction import PRECISIONS, Extractor, fit_pca, to_half
 from examples.cc3m.features import FORMAT, FeatureFolder
-from examples.common.files import UserError, claim_directory, write_atomically, write_json
+from examples.cc3m.quantised import DTYPES, bytes_of_image
+from examples.cc3m.teacher import PRECISIONS, Extractor, fit_pca, load_pca, load_teacher
+from examples.common.files import UserError, claim_directory, locked, write_atomically, write_json
+from examples.common.parallel import Parallel, running
 from examples.common.shards import Failures, count_samples, expand_shards, read_shard, unusable
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
 
+ALONE = Parallel()
 WRITTEN = ("settings.json", "manifest.json", "pca.*", "*.tar", "*_stats.json")
 """All that extraction writes into its folder of features, and all that --fresh removes there."""
 
@@ -56,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        progress = extract(options)
+        with running(options.device) as parallel:
+            progress = extract(options, parallel)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to go on from there")
         return 130
@@ -86,7 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64)
     add("--workers", type=int, default=4, help="threads that decode images")
     add("--precision", choices=sorted(PRECISIONS), default="float32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="float16", help="of patches; one byte saves half")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, help="default: features, beside the shards")
     add("--fresh", action="store_true", help="discard features of other settings")
     options = parser.parse_args(arguments)
@@ -95,32 +104,75 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def extract(options: argparse.Namespace) -> Progress:
-    """Do what the command line says.
+def extract(options: argparse.Namespace, parallel: Parallel = ALONE) -> Progress:
+    """Do what the command line says, with the other processes.
 
     Raises:
         UserError: it cannot be done; says why.
     """
     shards = _shards(options.shards)
     folder = FeatureFolder(_output(options.out, shards))
-    teacher = _teacher(options)
-    given = _load_pca(options.pca, teacher) if options.pca else None
+    teacher = load_teacher(options, parallel.device)
+    given = load_pca(options.pca, teacher) if options.pca else None
     settings = _settings(options, teacher, given)
-    claim_directory(folder.path, settings, fresh=options.fresh, written=WRITTEN)
     extractor = Extractor(
         teacher, options.resolution, options.batch_size, options.workers, options.precision
     )
-    with extractor.pool:
-        pca = given or _own_pca(options, extractor, shards, folder)
-        if pca is not None:
-            pca = _keep_pca(pca, folder).to(extractor.device)
-        made_by = folder.claim(_manifest(settings, teacher, pca, options.resolution))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(extractor.pool)
+        error, made_by = None, ""
+        if parallel.first:  # all others wait for the projection and the manifest
+            try:
+                stack.enter_context(locked(folder.path))
+                claim_directory(folder.path, settings, fresh=options.fresh, written=WRITTEN)
+                _tell_disk(options, teacher, given, folder, shards)
+                pca = given or _own_pca(options, extractor, shards, folder)
+                pca = None if pca is None else _keep_pca(pca, folder)
+                manifest = _manifest(settings, teacher, pca, options.resolution)
+                made_by = folder.claim(manifest)
+            except UserError as caught:
+                error = caught
+        parallel.together(error)
+        made_by = parallel.same_for_all(made_by)
+        pca = load_pca(folder.pca, teacher).to(parallel.device) if folder.pca.exists() else None
         todo = [shard for shard in shards if not folder.is_done(shard, made_by)]
-        if len(todo) < len(shards):
+        if len(todo) < len(shards) and parallel.first:
             print(f"{len(shards) - len(todo)} of {len(shards)} shards were done before")
-        if not todo:
-            return Progress(None)
-        return _run(extractor, pca, folder, todo, made_by)
+        mine = parallel.same_for_all(todo)[parallel.rank :: parallel.world_size]
+        progress = _run(extractor, pca, folder, mine, made_by) if mine else Progress(None)
+        parallel.together(None)  # the first one's lock is everyone's
+        return progress
+
+
+def _tell_disk(
+    options: argparse.Namespace,
+    teacher: Dinov3Teacher,
+    given: TokenPCA | None,
+    folder: FeatureFolder,
+    shards: list[str],
+) -> None:
+    """Print what the features will take, before any are made.
+
+    Raises:
+        UserError: there is less left on the disk.
+    """
+    side = options.resolution // teacher.patch_size
+    dim = (options.dim or teacher.dim) if given is None else given.out_dim
+    each = bytes_of_image(side * side, dim, teacher.dim, options.dtype)
+    left = [shard for shard in shards if not folder.shard(shard).exists()]
+    total, free = _total(left), shutil.disk_usage(folder.path).free
+    needed = 0 if total is None else total * each
+    told = f"{needed / 2**30:.1f} GiB for {total} images" if total else "images are not counted"
+    print(
+        f"disk: {each / 2**10:.1f} KiB an image, {told}; {free / 2**30:.1f} GiB are free in "
+        f"{folder.path}",
+        flush=True,
+    )
+    if needed > free:
+        raise UserError(
+            f"features need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free in "
+            f"{folder.path}; choose a smaller --dim, --dtype int8, or another --out"
+        )
 
 
 def _run(
@@ -167,7 +219,7 @@ def _extract_shard(
         nonlocal left_out
         for keys, (patches, cls, _) in extractor.batches(read_shard(shard, failures), failures):
             projected = patches if pca is None else pca(patches)
-            yield from zip(keys, to_half(projected), to_half(cls), strict=True)
+            yield from zip(keys, projected, cls, strict=True)
             broken = unusable(failures.take())
             left_out += broken
             progress.advance(len(keys), broken)
@@ -203,37 +255,6 @@ def _output(out: Path | None, shards: list[str]) -> Path:
     return out
 
 
-def _teacher(options: argparse.Namespace) -> Dinov3Teacher:
-    torch.manual_seed(options.seed)
-    pretrained = not options.random_weights
-    try:
-        teacher = Dinov3Teacher(options.model, pretrained=pretrained, **options.model_options)
-    except (OSError, RuntimeError, ValueError) as error:
-        remedy = "; --random-weights runs without any" if pretrained else ""
-        raise UserError(f"cannot load {options.model} ({error}){remedy}") from error
-    if options.resolution < 1 or options.resolution % teacher.patch_size:
-        raise UserError(
-            f"--resolution {options.resolution} is not a multiple of the patch size "
-            f"{teacher.patch_size}"
-        )
-    if options.dim > teacher.dim and not options.pca:
-        raise UserError(
-            f"--dim {options.dim} exceeds the model's {teacher.dim} dimensions; choose a smaller "
-            "one, or 0 to keep all"
-        )
-    return teacher.to(options.device)
-
-
-def _load_pca(path: Path, teacher: Dinov3Teacher) -> TokenPCA:
-    try:
-        pca = TokenPCA.load(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{error}; --pca takes the pca.safetensors of a first run") from error
-    if pca.in_dim != teacher.dim:
-        raise UserError(f"{path} is for {pca.in_dim} dimensions, the model has {teacher.dim}")
-    return pca
-
-
 def _settings(
     options: argparse.Namespace, teacher: Dinov3Teacher, given: TokenPCA | None
 ) -> dict[str, Any]:
@@ -252,6 +273,7 @@ def _settings(
         "weights_hash": teacher.weights_hash(),
         "resolution": options.resolution,
         "precision": options.precision,
+        "dtype": options.dtype,
         "pca": pca,
     }
 
@@ -270,7 +292,6 @@ def _manifest(
         "grid": [side, side],
         "dim": teacher.dim if pca is None else pca.out_dim,
         "cls_dim": teacher.dim,
-        "dtype": "float16",
         "pca_hash": None if pca is None else pca.content_hash(),
         "pca_fit": None if pca is None else pca.fit_settings,
         "pca_explained": None if pca is None else round(float(pca.explained.sum()), 6),
@@ -284,7 +305,7 @@ def _own_pca(
     if not options.dim:
         return None
     if folder.pca.exists():
-        return _load_pca(folder.pca, extractor.teacher)
+        return load_pca(folder.pca, extractor.teacher)
     return fit_pca(
         extractor,
         shards,

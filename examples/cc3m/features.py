@@ -3,7 +3,8 @@
 <folder of the images>/features/manifest.json      what made them: model, weights, size, PCA
 <folder of the images>/features/pca.safetensors    the projection, unless there is none
 <folder of the images>/features/00000.tar          of the images' 00000.tar, same order and keys:
-    000000000.cls.npy, 000000000.patches.npy, ...  fp16, (D,) and (h w, dim)
+    000000000.cls.npy, 000000000.patches.npy, ...  (D,) float16, and (h w, dim); with
+    000000000.scale.npy                            (h w,) float16 where patches have one byte each
 <folder of the images>/features/00000_stats.json   how many, and from what
 """
 
@@ -23,15 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import webdataset as wds
-from numpy.typing import NDArray
 from torch import Tensor
 
+from examples.cc3m.quantised import CLS, Array, pack, suffixes, to_half, to_npy, unpack
 from examples.common.files import UserError, read_json, write_atomically, write_json
 
 FORMAT = 2
 """Raise it whenever features of the same settings change."""
 MANIFEST = "manifest.json"
-SUFFIXES = ("patches.npy", "cls.npy")
 
 
 class Features(NamedTuple):
@@ -110,16 +110,22 @@ class FeatureFolder:
         return True
 
     def write(
-        self, images: str, rows: Iterable[tuple[str, Tensor, Tensor]], made_by: str
+        self,
+        images: str,
+        rows: Iterable[tuple[str, Tensor, Tensor]],
+        made_by: str,
     ) -> dict[str, Any]:
-        """Write the features of one image shard, atomically; its stats without what was read.
+        """Write the features of one image shard, atomically, as the manifest says; its stats.
 
         Args:
             images: the image shard.
             rows: key, patches (h w, dim) and cls (D,) of each image.
             made_by: the manifest's hash.
+
+        Raises:
+            UserError: as `quantised.pack`.
         """
-        count = 0
+        count, dtype = 0, read_json(self.manifest)["dtype"]
 
         def write(temporary: Path) -> None:
             nonlocal count
@@ -128,9 +134,9 @@ class FeatureFolder:
                 # no times and no users: the same features are the same bytes
                 wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
             ):
-                for key, *values in rows:
-                    arrays = zip(SUFFIXES, map(_to_npy, values), strict=True)
-                    tar.write({"__key__": key, **dict(arrays)})
+                for key, patches, cls in rows:
+                    arrays = pack(patches, dtype) | {CLS: to_half(cls).numpy()}
+                    tar.write({"__key__": key, **{k: to_npy(x) for k, x in arrays.items()}})
                     count += 1
 
         write_atomically(self.shard(images), write)
@@ -206,8 +212,9 @@ class FeatureReader:
     def read(self, images: str, key: str) -> Features:
         """Features of sample `key` of an image shard; raises as `of`."""
         shard = self._shard(images)
-        patches, cls = (shard.read(f"{key}.{suffix}") for suffix in SUFFIXES)
-        return Features(torch.from_numpy(patches), torch.from_numpy(cls))
+        dtype = self.manifest["dtype"]
+        arrays = {suffix: shard.read(f"{key}.{suffix}") for suffix in suffixes(dtype)}
+        return Features(unpack(arrays, dtype), torch.from_numpy(arrays[CLS]))
 
     def _shard(self, images: str) -> _Shard:
         if images not in self._open:
@@ -249,9 +256,9 @@ class _Shard:
         with open(path, "rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def read(self, name: str) -> NDArray[np.float16]:
+    def read(self, name: str) -> Array:
         offset, size = self.members[name]
-        array: NDArray[np.float16] = np.lib.format.read_array(
+        array: Array = np.lib.format.read_array(
             io.BytesIO(self.data[offset : offset + size]), allow_pickle=False
         )
         return array
@@ -269,9 +276,3 @@ def source_id(path: str, end: int = 1 << 16) -> str:
         file.seek(max(0, size - end))
         sha.update(file.read())
     return sha.hexdigest()
-
-
-def _to_npy(values: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, values.numpy(), allow_pickle=False)
-    return buffer.getvalue()

@@ -2,15 +2,19 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import socket
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from examples.cc3m import extraction
+from examples.cc3m import gram_fidelity, teacher
 from examples.cc3m.extract_dinov3 import main
-from examples.cc3m.extraction import sample_images, to_half
 from examples.cc3m.features import FeatureReader
-from examples.common.files import UserError, read_json
+from examples.cc3m.quantised import bytes_of_image, pack, to_half, unpack
+from examples.cc3m.teacher import sample_images
+from examples.common.files import UserError, locked, read_json
 from examples.common.shards import Failures, count_samples, read_shard
 from rankloss.fusion.pca import TokenPCA
 from rankloss.fusion.teacher import Dinov3Teacher
@@ -81,7 +86,8 @@ def run(folder: Path, *arguments: str, code: int = 0) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def samples_of(shard: Path | str) -> list[dict[str, Any]]:
@@ -423,7 +429,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extraction.Extractor, "features", interrupt)
+    monkeypatch.setattr(teacher.Extractor, "features", interrupt)
     run(images, code=130)
     assert "run the same command" in capsys.readouterr().out
 
@@ -479,6 +485,111 @@ def test_sample_of_images_is_seeded_and_even(images: Path) -> None:
             counts[int(key) % PER_SHARD] += 1
     assert counts.min() > 110
     assert counts.max() < 190  # 150 expected, standard deviation 11
+
+
+def run_by_two(command: list[str]) -> list[int | None]:
+    """Exit codes of two processes, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def one(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        warnings.simplefilter("ignore")
+        code = main(command)
+        sys.stdout.flush()
+        os._exit(code)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=one, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_share_the_shards_and_write_the_bytes_of_one(
+    images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = contents(run(images))
+    command = [pattern(images), *COMMAND, "--out", str(images / "two")]
+    capfd.readouterr()
+    assert run_by_two(command) == [0, 0]
+    assert sorted(re.findall(r"(\d+) images, 0 left out", capfd.readouterr().out)) == ["12", "6"]
+    assert contents(images / "two") == whole
+    (images / "two" / "00001.tar").unlink()
+    assert run_by_two(command) == [0, 0]
+    assert contents(images / "two") == whole
+    assert run_by_two([*command, "--dim", "7"]) == [2, 2]
+
+
+def test_one_command_at_a_time_writes_into_a_folder(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(images / "features"):
+        run(images, code=2)
+    assert "another process is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 0.001), ("int8", 0.01), ("float8", 0.07)])
+def test_smaller_numbers_are_close_and_take_what_was_said(
+    images: Path, capsys: pytest.CaptureFixture[str], dtype: str, error: float
+) -> None:
+    for shard in images.glob("*.tar"):
+        stats = {"successes": PER_SHARD}
+        shard.with_name(f"{shard.stem}_stats.json").write_text(json.dumps(stats))
+    exact = FeatureReader(run(images))
+    capsys.readouterr()
+    folder = run(images, "--dtype", dtype, "--out", str(images / "small"))
+    each = bytes_of_image(4, 8, 24, dtype)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert f"disk: {each / 1024:.1f} KiB an image, 0.0 GiB for 18 images" in said
+    for number in range(SHARDS):
+        size = (folder / f"{number:05d}.tar").stat().st_size
+        assert 0 <= size - PER_SHARD * each <= 10240  # whole records of a tar
+    for shard in images.glob("*.tar"):
+        for sample in read_shard(str(shard), Failures()):
+            close, (patches, cls) = FeatureReader(folder).of(sample), exact.of(sample)
+            assert close.patches.dtype == torch.float16
+            assert torch.equal(close.cls, cls)
+            largest = patches.float().abs().amax(1, keepdim=True)
+            assert ((close.patches.float() - patches.float()).abs() <= error * largest).all()
+
+
+def test_every_number_of_a_packed_token_is_within_its_types_rounding() -> None:
+    tokens = torch.randn(50, 64) * torch.logspace(-2, 3, 50)[:, None]
+    tokens[0] = 0
+    largest = tokens.abs().amax(1, keepdim=True)
+    for dtype, relative, absolute in (("int8", 0, 0.503 / 127), ("float8", 2**-4, 2**-10 / 448)):
+        got = unpack(pack(tokens, dtype), dtype).float()
+        rounded = relative * tokens.abs() + absolute * largest + 2e-3 * tokens.abs()  # of the scale
+        assert ((got - tokens).abs() <= rounded + 1e-6).all(), dtype
+
+
+def test_too_little_disk_is_told_before_anything_is_made(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "00000_stats.json").write_text('{"successes": 6}')
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    command = [str(images / "00000.tar"), *COMMAND, "--out", str(images / "out")]
+    assert main(command) == 2
+    assert "choose a smaller --dim, --dtype int8, or another --out" in capsys.readouterr().err
+    assert contents(images / "out").keys() == {"settings.json"}
+
+
+def test_the_loss_of_fidelity_is_measured(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fidelity.json"
+    command = [pattern(images), *COMMAND, "--dims", "0", "8", "--images", "12"]
+    assert gram_fidelity.main([*command, "--report", str(out)]) == 0
+    rows = read_json(out)["rows"]
+    losses = {name: row["Gram loss"] for name, row in rows.items()}
+    assert losses["24, float16"] < 1e-6 < losses["24, int8"] < losses["24, float8"]
+    assert losses["24, float8"] < losses["8, float16"] < losses["8, float8"]
+    assert rows["8, int8"]["KiB an image"] == bytes_of_image(4, 8, 24, "int8") / 1024
 
 
 def test_values_beyond_fp16_are_an_error() -> None:

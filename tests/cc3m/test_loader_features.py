@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from examples.cc3m import extract_dinov3
+from examples.cc3m import extract_dinov3, teacher
 from examples.cc3m.batch import Batch
 from examples.cc3m.features import FORMAT, FeatureFolder, FeatureReader
 from examples.cc3m.loader import ShardLoader
@@ -77,7 +77,7 @@ def shards(tmp_path: Path) -> list[str]:
 
 def extracted(shards: list[str], resolution: int, monkeypatch: pytest.MonkeyPatch) -> FeatureReader:
     """Features that the extraction script itself wrote."""
-    monkeypatch.setattr(extract_dinov3, "Dinov3Teacher", MeanColours)
+    monkeypatch.setattr(teacher, "Dinov3Teacher", MeanColours)
     out = Path(shards[0]).parent / f"features{resolution}"
     command = [*shards, "--resolution", str(resolution), "--dim", "0", "--device", "cpu"]
     assert extract_dinov3.main([*command, "--out", str(out)]) == 0
@@ -204,7 +204,7 @@ def test_samples_without_features_are_counted_and_left_out(
     shards: list[str], tmp_path: Path
 ) -> None:
     folder = FeatureFolder(tmp_path / "some")
-    manifest = {"format": FORMAT, "grid": [3, 3], "resolution": SIDE}
+    manifest = {"format": FORMAT, "grid": [3, 3], "resolution": SIDE, "dtype": "float16"}
     made_by = folder.claim(manifest)
     for i, shard in enumerate(shards):
         numbers = [n for n in range(i * PER_SHARD, (i + 1) * PER_SHARD) if n not in (2, 7)]

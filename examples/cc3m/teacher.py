@@ -1,12 +1,14 @@
-"""Batches of images through a frozen teacher, and a PCA fitted to a sample of its tokens."""
+"""A frozen teacher: how it is loaded, images through it in batches, a PCA fitted to its tokens."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -149,15 +151,42 @@ def sample_images(shards: list[str], count: int, seed: int) -> list[Sample]:
     return drawn
 
 
-def to_half(values: Tensor) -> Tensor:
-    """On the CPU.
+def load_teacher(options: argparse.Namespace, device: torch.device) -> Dinov3Teacher:
+    """Build the teacher of a command line.
 
     Raises:
-        UserError: a value is too large for fp16, or not finite to begin with.
+        UserError: its weights cannot be loaded, or sizes do not fit.
     """
-    half = values.half()
-    if not torch.isfinite(half).all():
+    torch.manual_seed(options.seed)
+    pretrained = not options.random_weights
+    try:
+        teacher = Dinov3Teacher(options.model, pretrained=pretrained, **options.model_options)
+    except (OSError, RuntimeError, ValueError) as error:
+        remedy = "; --random-weights runs without any" if pretrained else ""
+        raise UserError(f"cannot load {options.model} ({error}){remedy}") from error
+    if options.resolution < 1 or options.resolution % teacher.patch_size:
         raise UserError(
-            "features are not finite in fp16; check the weights, or use --precision float32"
+            f"--resolution {options.resolution} is not a multiple of the patch size "
+            f"{teacher.patch_size}"
         )
-    return half.cpu()
+    if options.dim > teacher.dim and not options.pca:
+        raise UserError(
+            f"--dim {options.dim} exceeds the model's {teacher.dim} dimensions; choose a smaller "
+            "one, or 0 to keep all"
+        )
+    return teacher.to(device)
+
+
+def load_pca(path: Path, teacher: Dinov3Teacher) -> TokenPCA:
+    """Read a projection of this teacher's tokens.
+
+    Raises:
+        UserError: it is another one's, or none.
+    """
+    try:
+        pca = TokenPCA.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{error}; --pca takes the pca.safetensors of a first run") from error
+    if pca.in_dim != teacher.dim:
+        raise UserError(f"{path} is for {pca.in_dim} dimensions, the model has {teacher.dim}")
+    return pca
