@@ -6,7 +6,7 @@
     python -m benchmarks.study --report            # the report from what is there already
     python -m benchmarks.study --only order-3 --seed 2 --again
     python -m benchmarks.study --photos FOLDER --captions FILE --grades FILE
-    python -m benchmarks.study --scale cc3m --data 'cc3m/{00000..00331}.tar' [--launch]
+    python -m benchmarks.study --scale cc3m --data 'cc3m/{00000..00331}.tar' [--launch | --report]
 
 Each run is one file under <out>/rows; what is there is not run again, so a study that was stopped
 goes on with the same command. Runs share nothing: --jobs of them run side by side, one thread each.
@@ -37,16 +37,15 @@ from benchmarks.study.store import command, load, result_file, run_and_save
 from examples.common.files import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "study.json"
-PAGE = ROOT / "docs" / "study.md"
+RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; return the exit code."""
     options = _parse(arguments)
-    if options.scale == "cc3m":
-        return cc3m.main(options.data, options.features, options.out, launch=options.launch)
     try:
+        if options.scale == "cc3m":
+            return _cc3m(options)
         return _study(options)
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,8 +65,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs side by side")
     add("--scale", choices=[*SCALES, "cc3m"], default="cpu")
     add("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    add("--results", type=Path, default=RESULTS, help="JSON of all rows, which the report reads")
-    add("--page", type=Path, default=PAGE, help="the report; its pictures go beside it")
+    add("--results", type=Path, help="JSON of all rows, which the report reads")
+    add("--page", type=Path, help="the report; its pictures go beside it")
     add("--list", action="store_true", help="say what would be run, and how to run it again")
     add("--report", action="store_true", help="run nothing, report what is there")
     add("--no-report", action="store_true", help="run, and leave the report as it is")
@@ -75,14 +74,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=Path, metavar=text.upper(), help=f"Flickr8k's {name}")
     add("--data", help="CC3M's shards, for --scale cc3m")
     add("--features", type=Path, help="the teacher's features of them")
+    for name in ("pairs", "images"):
+        add(f"--{name}", help=f"what the training script takes as --evaluation.{name}")
     add("--launch", action="store_true", help="run the commands of --scale cc3m in turn")
     options = parser.parse_args(arguments)
+    stem = "study_cc3m" if options.scale == "cc3m" else "study"
+    options.results = options.results or RESULTS / f"{stem}.json"
+    options.page = options.page or PAGES / f"{stem}.md"
     if options.seeds < 1 or options.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
     given = [options.photos, options.captions, options.grades]
     if any(given) and not all(given):
         parser.error("--photos, --captions and --grades go together")
     return options
+
+
+def _cc3m(options: argparse.Namespace) -> int:
+    """Print or run the training script's commands, or report what their runs measured."""
+    if options.report:
+        write_study(cc3m.results(options.out), None, options.results, options.page)
+        return 0
+    extra = []
+    for option in ("pairs", "images"):
+        value = getattr(options, option)
+        extra += [f"--evaluation.{option}", value] if value else []
+    data, features = options.data, options.features
+    return cc3m.main(data, features, options.out, extra, launch=options.launch)
 
 
 def _study(options: argparse.Namespace) -> int:

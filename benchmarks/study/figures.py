@@ -76,7 +76,7 @@ def _bars(names: Sequence[str], metrics: Sequence[str]) -> Callable[[Rows], Figu
     """Return a drawing of points with intervals: a panel a metric, a line a row."""
 
     def draw(rows: Rows) -> Figure | None:
-        there = [name for name in names if name in rows]
+        there = [x for x in names if x in rows and all(m in rows[x]["means"] for m in metrics)]
         if len(there) < 2:
             return None
         figure, panels = _figure(len(metrics), height=0.8 + 0.3 * len(there))
@@ -123,6 +123,7 @@ def _transitions(rows: Rows) -> Figure | None:
     tables = ((middle, "beta", "taken last"), (right, "gamma", "taken last, after red"))
     for axes, key, label in tables:
         table = np.array(curves["slices"][key])
+        table -= table.mean(1, keepdims=True)  # what all candidates get changes nothing
         most = float(np.abs(table).max()) or 1.0
         drawn = axes.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
@@ -153,7 +154,7 @@ FIGURES: dict[str, tuple[str, Callable[[Rows], Figure | None]]] = {
     ),
     "transitions": (
         "A trained third-order model, seed 0: gain of likelihood by place, and slices of both "
-        "transition terms over the words of the scenes.",
+        "transition terms over the words of the scenes (rows centred: a constant changes nothing).",
         _transitions,
     ),
     "photographs": (

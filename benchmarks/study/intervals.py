@@ -55,13 +55,15 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def summarise(results: dict[str, dict[int, Result]], rows: Sequence[Row], scale: Scale) -> Summary:
+def summarise(
+    results: dict[str, dict[int, Result]], rows: Sequence[Row], scale: Scale | None
+) -> Summary:
     """Return all that the report says, JSON-able.
 
     Args:
         results: by row and seed.
         rows: the study's.
-        scale: at which they were run.
+        scale: at which they were run; None: by the training script, on CC3M.
     """
     told = {row.name: _row(results[row.name], row, scale) for row in rows if row.name in results}
     questions = [_question(question, told) for question in QUESTIONS]
@@ -69,11 +71,11 @@ def summarise(results: dict[str, dict[int, Result]], rows: Sequence[Row], scale:
         f"{row.name}, seed {seed}"
         for row in rows
         for seed, result in results.get(row.name, {}).items()
-        if result["settings"] != _as_json(described(row, seed, scale))
+        if scale is not None and result["settings"] != _as_json(described(row, seed, scale))
     )
     return {
         "test": TEST,
-        "scale": _as_json(asdict(scale)),
+        "scale": None if scale is None else _as_json(asdict(scale)),
         "versions": versions(),
         "rows": told,
         "questions": questions,
@@ -88,7 +90,7 @@ def _as_json(told: Any) -> Any:
     return [_as_json(x) for x in told] if isinstance(told, list | tuple) else told
 
 
-def _row(results: dict[int, Result], row: Row, scale: Scale) -> Summary:
+def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
     """Collect a row's measures seed by seed, its cost, and the curves of its first seed."""
     seeds = sorted(results)
     first = results[seeds[0]]
@@ -100,7 +102,7 @@ def _row(results: dict[int, Result], row: Row, scale: Scale) -> Summary:
     }
     told: Summary = {"seeds": seeds, "measures": measures, "cost": cost}
     told["means"] = {x: interval(values) for x, values in measures.items() if x in METRICS}
-    settings = scale.limited(row.settings)
+    settings = row.settings if scale is None else scale.limited(row.settings)
     if isinstance(settings, Trained):
         told["batch"] = settings.batch
     curves = first["curves"]

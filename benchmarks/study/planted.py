@@ -119,9 +119,8 @@ def fit(
 
 
 def _summary(losses: dict[int, float], planted: int) -> dict[str, float]:
-    best = min(losses, key=lambda order: losses[order])
     found: dict[str, float] = {f"nll_{order}": loss for order, loss in losses.items()}
-    found |= {"best_order": float(best), "recovered": float(best == planted)}
+    found["recovered"] = float(planted == min(losses, key=lambda order: losses[order]))
     for name, order in (("excess_below", planted - 1), ("excess_above", planted + 1)):
         if order in losses:
             found[name] = losses[order] - losses[planted]

@@ -28,22 +28,23 @@ order-3 with a distilled student injected into both towers."""
 
 
 def write_study(
-    results: dict[str, dict[int, Result]], scale: Scale, file: Path, page: Path
+    results: dict[str, dict[int, Result]], scale: Scale | None, file: Path, page: Path
 ) -> None:
     """Write JSON, pictures and page of the results that are there."""
     write_json(file, summarise(results, all_rows(), scale))
     told = read_json(file)
-    pictures = page.parent / "pictures" / "study"
-    names = draw_figures(told, pictures)
-    write_text(page, report(told, names))
+    folder = Path("pictures", page.stem)
+    captions = draw_figures(told, page.parent / folder)
+    write_text(page, report(told, captions, folder))
 
 
-def report(told: Summary, pictures: dict[str, str]) -> str:
+def report(told: Summary, captions: dict[str, str], folder: Path) -> str:
     """Return the page in Markdown.
 
     Args:
         told: the study's JSON.
-        pictures: caption by name of those that were drawn.
+        captions: those of the pictures that were drawn, by name.
+        folder: pictures, as seen from the page.
     """
     by_key = {each["key"]: each["comparisons"] for each in told["questions"]}
     asked = [question for question in QUESTIONS if by_key[question.key]]
@@ -54,15 +55,20 @@ def report(told: Summary, pictures: dict[str, str]) -> str:
     for question in asked:
         parts.append(f"## {question.key.replace('-', ' ').capitalize()}\n\n{question.text}")
         parts += _section(question, by_key[question.key], told, costed)
-        if question.key in pictures:
-            name = f"pictures/study/{question.key}.svg"
-            parts.append(f"![{pictures[question.key]}]({name})\n\n*{pictures[question.key]}*")
+        if question.key in captions:
+            caption, name = captions[question.key], (folder / f"{question.key}.svg").as_posix()
+            parts.append(f"![{caption}]({name})\n\n*{caption}*")
     parts += _closing(told, asked)
     return "\n\n".join(parts) + "\n"
 
 
 def _setup(told: Summary) -> str:
     """Return a paragraph about what all rows share."""
+    if told["scale"] is None:
+        return (
+            "**Shared by all rows.** Runs of the training script on CC3M, whose settings stand in "
+            "each run's folder."
+        )
     scale, scenes = told["scale"], told["scale"]["scenes"]
     photos = [row for name, row in told["rows"].items() if name.startswith("photos-")]
     main = told["rows"].get("order-0")
@@ -123,7 +129,8 @@ def _answers(question: Question, comparisons: list[Summary]) -> Iterator[str]:
     if question.key == "planted":
         yield _planted_answer(comparisons)
         return
-    metric = METRICS[question.metrics[0]]
+    measured = {found["metric"] for found in comparisons}
+    metric = METRICS[next(key for key in question.metrics if key in measured)]
     for found in comparisons:
         if found["metric"] == metric.key:
             against = f"{found['ours']} minus {found['base']}" if found["base"] else found["ours"]
@@ -141,11 +148,12 @@ def _planted_answer(comparisons: list[Summary]) -> str:
             lists.setdefault(found["ours"].rsplit("-", 1)[1], []).append(found["mean"])
     metric = METRICS["recovered"]
     told = "; ".join(
-        f"{count} lists: {', '.join(metric.show(x) for x in shares)} %"
+        f"with {count} lists {', '.join(metric.show(x) for x in shares)} %"
         for count, shares in lists.items()
     )
     return (
-        f"planted: the planted order (1, 2, 3) has the best held-out likelihood in {told} of seeds."
+        "planted: share of seeds in which the planted order has the best held-out likelihood, for "
+        f"planted orders 1, 2 and 3: {told}."
     )
 
 
@@ -163,6 +171,8 @@ def _section(
     if any(told["rows"][name]["cost"] for name in set(rows) - costed):
         yield _costs(rows, told)
         costed.update(rows)
+    if question.key == "transitions":
+        yield from _by_place(rows, told)
     paired = [found for found in comparisons if found["base"]]
     if paired:
         yield _differences(paired)
@@ -196,7 +206,10 @@ def _costs(rows: Sequence[str], told: Summary) -> str:
         sizes = [f"{cost['parameters'] / 1e6:.3f}", f"{cost['flops'] / 1e9:.3f}"]
         run = [f"{cost['cpu_seconds']:.3f}", f"{cost['steps']:.0f}", str(row["batch"])]
         lines.append([name, *sizes, *run])
-    return "Cost, with what only training needs.\n\n" + markdown_table(header, lines)
+    return (
+        "Cost, with what only training needs; CPU seconds depend on what else the machine does.\n\n"
+        + markdown_table(header, lines)
+    )
 
 
 def _differences(comparisons: Sequence[Summary]) -> str:
@@ -209,6 +222,21 @@ def _differences(comparisons: Sequence[Summary]) -> str:
         told = [name, metric.label, str(found["n"]), *cells, verdict(metric, found)]
         lines.append(told)
     return "Paired differences.\n\n" + markdown_table(header, lines)
+
+
+def _by_place(rows: Sequence[str], told: Summary) -> Iterator[str]:
+    """Yield a sentence about where in the list the transitions gain."""
+    for name in rows:
+        curve = told["rows"][name]["curves"]
+        if "gain" in curve:
+            starts = [1, *(int(end) + 1 for end in curve["places"][:-1])]
+            places = zip(starts, curve["places"], curve["gain"], strict=True)
+            by_place = "; ".join(f"{a} to {b:.0f}: {gain:+.4f}" for a, b, gain in places)
+            yield (
+                f"Gain in nats a place of {name}, first seed, by place: {by_place}. Nothing was "
+                "taken before the first place, so transitions cannot help there: the best match "
+                "can change only through the towers, and transitions serve the order of the rest."
+            )
 
 
 def _looked(question: Question, comparisons: Sequence[Summary]) -> Iterator[str]:

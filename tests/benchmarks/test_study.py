@@ -199,6 +199,23 @@ def test_cc3m_commands_are_ones_that_the_script_takes(tmp_path: Path) -> None:
         assert settings.train.seed in range(5)
 
 
+def test_measures_of_the_training_script_make_the_same_report(tmp_path: Path) -> None:
+    for row, found in (("order-0", [0.21, 0.23]), ("order-3", [0.25, 0.26])):
+        for seed, value in enumerate(found):
+            folder = tmp_path / "runs/cc3m" / row / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [{"epoch": e, "image_to_text_R@1": value * e} for e in (0.5, 1)]
+            (folder / "results.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    arguments = ["--scale", "cc3m", "--report", "--out", str(tmp_path / "runs")]
+    page, file = tmp_path / "docs/cc3m.md", tmp_path / "study.json"
+    assert main([*arguments, "--page", str(page), "--results", str(file)]) == 0
+    told = json.loads(file.read_text())
+    (question,) = (x for x in told["questions"] if x["key"] == "agreement")
+    (found,) = (x for x in question["comparisons"] if x["base"] == "order-0")
+    assert (found["metric"], found["mean"]) == ("i2t_r1", 0.035)
+    assert "order-3 minus order-0, image to text R@1 (%): +3.50" in page.read_text()
+
+
 def test_a_bad_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "order-9", "--list"]) == 2
     told = capsys.readouterr().err
