@@ -33,6 +33,8 @@ class Batch:
     """Samples in each shard that the stream has read to its end since its last batch."""
     keys: list[str] = field(default_factory=list)
     """Keys of the samples in their shards."""
+    cpu_seconds: float = 0.0
+    """CPU seconds that its reader spent on it."""
     teacher: Features | None = None
     """Patches (B, h w, dim) of the view and cls (B, D) of the whole image, float16, if the loader
     has features."""

@@ -59,9 +59,15 @@ class Evaluator:
         """Name what will not be measured, and the option that would change it."""
         told = []
         if self.pairs is None:
-            told.append("no retrieval, modality gap, alignment, uniformity (--evaluation.pairs)")
+            told.append(
+                "retrieval, modality gap, alignment, uniformity: there are no shards in a folder "
+                "'<that of --data>-val', nor --evaluation.pairs"
+            )
         if self.classes is None:
-            told.append("no zero-shot classification (--evaluation.images)")
+            told.append(
+                "zero-shot classification: there is no 'imagenet/val' beside the folder of --data, "
+                "nor --evaluation.images"
+            )
         return told
 
     def __call__(self, towers: nn.Module, stop: StopRequest) -> dict[str, float]:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class ShardLoader:
         self.streams = max(workers, 1)
         self.order = ShardOrder(len(self.shards), seed, shuffle > 0)
         self.read, self.faults = 0, Counter[str]()
+        self.images, self.cpu_seconds = 0, 0.0
         if len(self.shards) < world_size * self.streams and not resample:
             raise ValueError(
                 f"{len(self.shards)} shards cannot feed {world_size} processes of {self.streams} "
@@ -150,6 +152,8 @@ class ShardLoader:
             self._count(item.faults)
             if isinstance(item, Batch):
                 batches += 1
+                self.images += len(item.keys)
+                self.cpu_seconds += item.cpu_seconds
                 yield item
         self._check_complete(position, sum(consumed), batches)
 
@@ -239,10 +243,17 @@ class _Reader:
     failures: Failures = field(default_factory=Failures)
     origins: list[Origin] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)
+    since: float = field(default_factory=time.process_time)
+    """CPU seconds of this process when it began to read the next batch."""
 
     def take(self) -> dict[str, Any]:
         """Return what a batch says of its stream, and begin anew."""
-        taken = {"faults": self.failures.take(), "origins": self.origins, "sizes": self.sizes}
+        taken = {
+            "faults": self.failures.take(),
+            "origins": self.origins,
+            "sizes": self.sizes,
+            "cpu_seconds": time.process_time() - self.since,
+        }
         self.origins, self.sizes = [], {}
         return taken
 
@@ -274,7 +285,7 @@ class _Epoch(IterableDataset["Batch | _End"]):
                 examples.append(self._decode(sample, reader.failures))
             if len(examples) == loader.batch_size:
                 yield self._batch(examples, stream, consumed, reader)
-                examples = []
+                examples, reader.since = [], time.process_time()
         if examples and not loader.shuffle:
             yield self._batch(examples, stream, consumed, reader)
         yield _End(stream, consumed, reader.failures.take())

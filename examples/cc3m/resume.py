@@ -71,12 +71,16 @@ class Progress:
 
     def summary(self, epochs: int, entries: int) -> str:
         """Return a line about the last so many entries of the history."""
-        loss, rates = (self.history.get(k, [])[-entries:] for k in ("loss", "images_per_second"))
         epoch = f"epoch {self.position.epoch}/{epochs}"
-        if not loss:
+        if not self.history.get("loss"):
             return epoch
-        mean, rate = sum(loss) / len(loss), sum(rates) / len(rates)
+        mean, rate = self.averages("loss", "images_per_second", entries=entries)
         return f"{epoch}, mean loss {mean:.3f}, {rate:.0f} images/s"
+
+    def averages(self, *names: str, entries: int = 0) -> list[float]:
+        """Return means over the last so many entries of the history; 0 takes all."""
+        chosen = (self.history.get(name, [])[-entries:] for name in names)
+        return [sum(values) / max(1, len(values)) for values in chosen]
 
 
 class SavedRun:

@@ -151,9 +151,11 @@ class EvaluationSettings:
     """Measures, and when they are taken.
 
     Args:
-        pairs: image-text shards for retrieval, modality gap, alignment and uniformity.
+        pairs: image-text shards for retrieval, modality gap, alignment and uniformity; None takes
+            those in a folder "<that of the training shards>-val".
         images: for zero-shot classification: a folder with a folder of images for each class, or
-            shards whose samples have a "cls" number.
+            shards whose samples have a "cls" number; None takes "imagenet/val" beside the training
+            shards' folder.
         classes: file with a class name a line; for an image folder the folders' names will do,
             for 1000 classes those of ImageNet.
         batch_size: images or texts that a process encodes at a time.
@@ -196,6 +198,7 @@ class RunSettings:
         max_broken: share of samples that may be broken.
         device: cpu, cuda, or auto.
         compile: backend of torch.compile for the model, for example inductor.
+        sync_batchnorm: let batch normalisation see the parts of all processes; for GPUs.
         grad_checkpointing: compute activations of the model's blocks again instead of keeping them.
         tensorboard, wandb: where curves go, besides the run's folder.
         wandb_project: name of the project there.
@@ -224,6 +227,7 @@ class RunSettings:
     max_broken: float = 0.01
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: str | None = None
+    sync_batchnorm: bool = False
     grad_checkpointing: bool = False
     tensorboard: bool = True
     wandb: bool = False
@@ -243,11 +247,12 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """Return what must stay the same when a run goes on; how it is computed may change."""
-        names = ("model", "pretrained", "lock_image", "lock_text", "data", "samples")
+        names = ("model", "pretrained", "lock_image", "lock_text", "sync_batchnorm")
+        names_of_data = ("data", "samples", "resample", "augment", "shuffle")
         told = self.as_json()
         return {
             "recipe": _plain(asdict(load_recipe(self.recipe, self.override))),
-            **{name: told[name] for name in (*names, "resample", "augment", "shuffle")},
+            **{name: told[name] for name in (*names, *names_of_data)},
             "train": self.train.identity(),
         }
 

@@ -35,7 +35,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 # Threads that wait should sleep, not spin: else another program on the same cores halves our speed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,10 +46,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from examples.cc3m.evaluation import Evaluator
-from examples.cc3m.export import export, load_whole
-from examples.cc3m.features import FeatureReader
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.inputs import (
+    find_evaluation,
+    local_world_size,
+    open_features,
+    open_loader,
+    plan_epochs,
+    told_roofline,
+    told_shared_memory,
+)
 from examples.cc3m.loop import Trainer
+from examples.cc3m.model import export, load_whole, prepare
 from examples.cc3m.monitor import RunLog, import_wandb, save_curves
 from examples.cc3m.recipe import (
     build_tokenizer,
@@ -63,9 +69,7 @@ from examples.cc3m.recipe import (
 from examples.cc3m.settings import CHANGEABLE, RunSettings, parse
 from examples.common.checkpoint import whole_state
 from examples.common.files import UserError, claim_directory, locked, read_json, write_text
-from examples.common.images import CentreCrop, RandomCrop
 from examples.common.parallel import Parallel, running, seed_generators
-from examples.common.shards import count_samples, expand_shards
 from examples.common.signals import Interrupted, StopRequest, end_workers
 from examples.evaluation.reading import Stopped
 from rankloss import DinoRankCLIP
@@ -111,11 +115,11 @@ class Run(contextlib.ExitStack):
         if settings.wandb:
             import_wandb()
         part = settings.train.part_size(parallel.world_size)
-        self.features = self._features()
-        self.loader = self._loader(part)
-        self.planned = self._plan()
+        self.features = open_features(settings, self.recipe, self.config)
+        self.loader = open_loader(settings, self.recipe, self.config, self.features, part, parallel)
+        self.planned = plan_epochs(settings, self.loader, warn=parallel.first)
         self.evaluator = Evaluator(
-            settings.evaluation,
+            find_evaluation(settings, self.loader.shards),
             build_transform(self.config),
             build_tokenizer(self.config),
             parallel,
@@ -123,86 +127,6 @@ class Run(contextlib.ExitStack):
             settings.workers,
         )
         self._claim()
-
-    def _features(self) -> FeatureReader | None:
-        if self.recipe.distillation is None:
-            return None
-        if self.settings.features is None:
-            raise UserError(
-                f"recipe {self.recipe.label!r} distils a teacher: extract its features "
-                "with examples.cc3m.extract_dinov3, then pass --features FOLDER"
-            )
-        size = self.config["vision_cfg"]["image_size"]
-        return FeatureReader(self.settings.features, least_resolution=size)
-
-    def _loader(self, part: int) -> ShardLoader:
-        settings, parallel = self.settings, self.parallel
-        size = self.config["vision_cfg"]["image_size"]
-        example = "--data 'folder/{00000..00331}.tar'"
-        if not settings.data:
-            raise UserError(f"no image-text shards to train on; pass {example}")
-        try:
-            shards = expand_shards(settings.data)
-        except ValueError as error:
-            raise UserError(f"{error}; pass {example}") from error
-        try:
-            return ShardLoader(
-                shards,
-                RandomCrop(size) if settings.augment else CentreCrop(size),
-                build_tokenizer(self.config),
-                part,
-                shuffle=settings.shuffle,
-                seed=settings.train.seed,
-                workers=settings.workers,
-                rank=parallel.rank,
-                world_size=parallel.world_size,
-                features=self.features,
-                views=self.recipe.views,
-                captions=self.recipe.captions,
-                grid=None if self.features is None else self.features.grid_at(size),
-                resample=settings.resample,
-                max_broken=settings.max_broken,
-                prefetch=settings.prefetch,
-                timeout=settings.read_timeout,
-            )
-        except ValueError as error:
-            raise UserError(f"{error} (--workers), or --resample") from error
-
-    def _plan(self) -> list[int]:
-        """Return the steps of each epoch; uneven shards make them fewer than the samples allow."""
-        settings, loader = self.settings, self.loader
-        train = settings.train
-        try:
-            counts = [count_samples([shard]) for shard in loader.shards]
-        except ValueError as error:
-            if settings.samples is None:
-                raise UserError(f"{error} with --samples") from error
-            counts = []
-        samples = settings.samples or sum(counts)
-        possible = samples // train.batch_size
-        if not possible:
-            raise UserError(
-                f"{samples} samples are fewer than one batch of {train.batch_size}; "
-                "choose a smaller --train.batch-size"
-            )
-        if settings.resample or settings.samples is not None or not counts:
-            return [possible] * train.epochs
-        planned = [loader.steps_of(e, counts, train.accumulate) for e in range(train.epochs)]
-        if not all(planned):
-            raise UserError(
-                f"some reader's shards hold fewer samples than its part of a batch ({samples} in "
-                "all); use fewer --workers, a smaller --train.batch-size, or --resample"
-            )
-        if min(planned) < possible and self.parallel.first:
-            LOG.warning(
-                "uneven shards: an epoch has %d of %d possible steps, and leaves out %d of %d "
-                "samples; fewer workers or shards of equal sizes leave out fewer",
-                min(planned),
-                possible,
-                samples - min(planned) * train.batch_size,
-                samples,
-            )
-        return planned
 
     def _claim(self) -> None:
         """Tie the run's folder to these settings, in the first process; all must see it.
@@ -254,29 +178,6 @@ class Run(contextlib.ExitStack):
         towers = build_towers(self.recipe, self.config, options, inference=inference)
         return towers.to(self.parallel.device)
 
-    def _prepared(self) -> DinoRankCLIP:
-        """Build what is trained, as the settings want it computed."""
-        settings, towers = self.settings, self.build()
-        model: Any = towers.model
-        if settings.pretrained is not None:
-            load_pretrained(model, settings.model, settings.pretrained)
-        if settings.lock_image:
-            model.lock_image_tower()
-        if settings.lock_text:
-            model.lock_text_tower()
-        if settings.grad_checkpointing:
-            model.set_grad_checkpointing(True)
-        if settings.compile is not None:
-            model.compile(backend=settings.compile)
-        normalised = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        apart = settings.train.accumulate > 1 or self.parallel.world_size > 1
-        if normalised and apart and self.parallel.first:
-            LOG.warning(
-                "batch normalisation sees one part of one process at a time: gradients are not "
-                "exactly those of the whole batch"
-            )
-        return towers
-
     def train(self, stop: StopRequest, *, measured_elsewhere: bool = False) -> Trainer:
         """Train to the end; return what was trained, with its history.
 
@@ -290,7 +191,7 @@ class Run(contextlib.ExitStack):
             UserError: what only the user can put right.
         """
         settings, parallel = self.settings, self.parallel
-        towers = self._prepared()
+        towers = prepare(self.build(), settings, parallel)
         seed_generators(settings.train.seed + parallel.rank)  # dropout differs
         trainer = Trainer(
             towers,
@@ -331,6 +232,8 @@ class Run(contextlib.ExitStack):
             log.tell(f"going on after step {trainer.step} of {trainer.total_steps}")
         else:
             log.tell(f"ready after {time.perf_counter() - self.started:.1f} s")
+        if self.loader.workers:
+            log.tell(told_shared_memory(self.loader, local_world_size()))
         return log
 
     def _evaluate(self, trainer: Trainer, log: RunLog | None, stop: StopRequest) -> bool:
@@ -379,27 +282,15 @@ class Run(contextlib.ExitStack):
         told = json.dumps(faults) if faults else "none"
         skipped = progress.history.get("skipped", [0.0])[-1]
         log.tell(f"faults in the data: {told}; {skipped:.0f} steps skipped")
+        if self.loader.images:
+            speed = progress.averages("loading_share", "images_per_second")
+            log.tell(told_roofline(self.loader, self.parallel, *speed))
         for folder, weights in ((out / "export", state), (out / "export_ema", average)):
             if weights:
                 file = export(folder, load_whole(self._built(), weights), self.config)
                 log.tell(f"{file}: open_clip.create_model('local-dir:{folder}')")
                 log.tell(f"the whole model: rankloss.DinoRankCLIP.from_pretrained('{folder}')")
         log.close()
-
-
-def load_pretrained(model: nn.Module, name: str, pretrained: str) -> None:
-    """Load open_clip's weights of that tag, or a file of weights, into a model.
-
-    Raises:
-        UserError: there are none, or of another model.
-    """
-    import open_clip
-
-    try:
-        source = open_clip.create_model(name, pretrained=pretrained, output_dict=True)
-        model.load_state_dict(source.state_dict())
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"cannot load --pretrained {pretrained} into {name}: {error}") from error
 
 
 def run_as_program() -> None:

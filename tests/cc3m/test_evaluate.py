@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import pytest
@@ -228,6 +231,33 @@ def test_a_line_tells_speed_shares_memory_and_faults() -> None:
         "communication 4%, memory 3.00 GiB, faults: 2 broken image"
     )
     assert "1 steps skipped" in line(20, 90, {**VALUES, "skipped": 1.0}, {})
+
+
+def test_wandb_goes_on_with_the_run_of_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+    run = SimpleNamespace(log=lambda v, step: logged.append((step, v)), finish=lambda: None)
+
+    def init(**options: Any) -> SimpleNamespace:
+        asked.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder, step in (("a", 0), ("a", 7), ("b", 0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = RunLog(
+            tmp_path / folder, {"x": 1}, tensorboard=False, wandb="p", total_steps=9, step=step
+        )
+        log.values(step + 1, VALUES, {})
+        log.close()
+    first, again, other = asked
+    assert first == again
+    assert (first["project"], first["resume"], first["config"]) == ("p", "allow", {"x": 1})
+    assert first["id"] != other["id"]
+    assert [step for step, _ in logged] == [1, 8, 1]
+    assert logged[0][1]["loss"] == VALUES["loss"]
 
 
 def test_results_are_written_whole(tmp_path: Path) -> None:

@@ -432,6 +432,8 @@ def test_everything_is_there(whole: Path) -> None:
     told = (whole / "train.log").read_text()
     assert "step 8/8: loss" in told
     assert "faults in the data: none; 0 steps skipped" in told
+    assert "shared memory: up to" in told
+    assert "waited for data" in told
 
 
 WAYS = ("image_to_text", "text_to_image")

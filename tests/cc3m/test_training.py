@@ -26,7 +26,7 @@ from examples.common.files import (
     locked,
     write_atomically,
 )
-from examples.common.parallel import seed_generators
+from examples.common.parallel import running, seed_generators
 from examples.common.signals import Interrupted, StopRequest
 from rankloss import ClipLoss, DinoRankCLIP, HighOrderPLLoss
 
@@ -208,6 +208,31 @@ def test_a_worker_of_torchrun_stops_when_torchrun_is_gone(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop.wanted
     assert not StopRequest().wanted
+
+
+@pytest.mark.parametrize("address", [True, False])
+def test_processes_that_srun_started_find_each_other(
+    monkeypatch: pytest.MonkeyPatch, address: bool
+) -> None:
+    """By its variables, unless it has not started the script itself."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "x")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    for name, value in (("PROCID", 5), ("NTASKS", 8), ("LOCALID", 1)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    if address:
+        monkeypatch.setenv("MASTER_ADDR", "node0")
+    joined: list[tuple[str | None, ...]] = []
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+    def join(backend: str, **_: object) -> None:
+        joined.append((backend, *map(os.environ.get, names)))
+
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    with running("cpu") as parallel:
+        assert (parallel.rank, parallel.world_size) == ((5, 8) if address else (0, 1))
+    assert joined == ([("gloo", "5", "8", "1", "node0", "29500")] if address else [])
 
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.cc3m.export import export
+from examples.cc3m.model import export
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.evaluation.__main__ import main
 from examples.evaluation.report import Table
