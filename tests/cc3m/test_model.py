@@ -1,4 +1,4 @@
-"""What the settings make of a model before it is trained."""
+"""Changes that settings make to a model before it is trained."""
 
 from pathlib import Path
 from typing import Any
