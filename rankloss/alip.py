@@ -1,19 +1,20 @@
 """ALIP: CLIP on raw and on synthetic captions, each pair weighted by how well it fits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from rankloss.checks import check_features
+from rankloss.checks import check_further
 from rankloss.clip import clip_loss, positive_mask
 from rankloss.distributed import GlobalBatch, gather_batch, gather_features
-from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
+from rankloss.global_batch import GatherOptions, Inputs
+from rankloss.pair_loss import PairLoss
 from rankloss.scores import cross_modal_scores
 
 
-class ALIPLoss(GlobalBatchLoss):
+class ALIPLoss(PairLoss):
     """ALIP: images against their raw texts and against synthetic captions, good pairs first.
 
     Of sample i with image x, raw text t and synthetic caption c, three similarities S_tc, S_xt and
@@ -41,6 +42,10 @@ class ALIPLoss(GlobalBatchLoss):
         accum_freq: forwards to an optimizer step. The means move once a step, by the mean over its
             forwards in training mode; gradients as in `rankloss.global_batch.GlobalBatchLoss`.
         local_loss, gather_with_grad, process_group, rank, world_size: see there.
+
+    Called as any `PairLoss`, with raw texts, and with
+        caption_features: (n, D) unit-norm, synthetic captions by the same text encoder. They have
+            their images' ids alone. With local=True the means stay.
 
     Attributes:
         means: (3,) float32, the running means H of S_tc, S_xt and S_xc.
@@ -85,66 +90,28 @@ class ALIPLoss(GlobalBatchLoss):
         self.pending.zero_()
         self.forwards.zero_()
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        caption_features: Tensor,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of this process's triplets.
+    def further(self, images: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Check `caption_features`."""
+        return check_further("ALIPLoss", images, given, needed=["caption_features"])
 
-        Args:
-            image_features, text_features, logit_scale: as in `PairLoss.forward`; of raw
-                texts.
-            logit_bias: added to the logits.
-            caption_features: (n, D) unit-norm, synthetic captions by the same text encoder.
-            image_ids, text_ids: (n,) integers; pairs that share an id are positives. Synthetic
-                captions have their images' ids alone.
-            local: leave other processes out: the loss of these n samples alone. The means stay.
-            output_dict: return {"contrastive_loss", "caption_loss"}, of raw texts and of
-                captions, whose sum is the loss.
-
-        Raises:
-            TypeError, ValueError: as `PairLoss.forward`.
-        """
-
-        def captions_too() -> list[Tensor]:
-            check_features(image_features, caption_features, None)
-            return [caption_features]
-
-        inputs = self.prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            local=local,
-            others=captions_too,
-        )
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss" and "caption_loss", of raw texts and of captions."""
+        caption_features = inputs.further["caption_features"]
         how = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
-        texts = gather_batch(image_features, text_features, inputs.processes, **how)
+        raw = gather_batch(images, texts, inputs.processes, **how)
         everywhere = gather_features(caption_features, inputs.processes, **how)
-        texts = texts.in_full_precision()
-        everywhere = everywhere.to(texts.images.dtype)
-        own = texts.image_anchors is not texts.images  # anchors are this process's samples alone
+        raw = raw.in_full_precision()
+        everywhere = everywhere.to(raw.images.dtype)
+        own = raw.image_anchors is not raw.images  # anchors are this process's samples alone
         anchors = caption_features.to(everywhere.dtype) if own else everywhere
-        captions = texts._replace(text_anchors=anchors, texts=everywhere)
-        moving = self.training and not local
-        text_weights, caption_weights = self._weights(texts, captions, moving)
+        captions = raw._replace(text_anchors=anchors, texts=everywhere)
+        moving = self.training and not inputs.local
+        raw_weights, caption_weights = self._weights(raw, captions, moving)
         caption_ids = [] if inputs.image_ids is None else [inputs.image_ids]
-        contrastive = _weighted_clip(texts, inputs, inputs.ids, text_weights)
-        caption = _weighted_clip(captions, inputs, caption_ids, caption_weights)
-        if output_dict:
-            return {"contrastive_loss": contrastive, "caption_loss": caption}
-        return contrastive + caption
+        return {
+            "contrastive_loss": _weighted_clip(raw, inputs, inputs.ids, raw_weights),
+            "caption_loss": _weighted_clip(captions, inputs, caption_ids, caption_weights),
+        }
 
     @torch.no_grad()
     def _weights(

@@ -1,7 +1,7 @@
 """Checks of what users give: errors name the operation, what was given, and the remedy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -197,6 +197,26 @@ def check_features(image: Tensor, text: Tensor, embed_dim: int | None) -> None:
             f"image_features are on {image.device} but text_features on {text.device}; "
             "move them to one device"
         )
+
+
+def check_further(
+    name: str,
+    images: Tensor,
+    given: Mapping[str, Tensor | None],
+    needed: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Check that a loss's further features are all there, (n, D) as `images`, and no others."""
+    unknown = given.keys() - {*needed, *optional}
+    if unknown:
+        raise TypeError(f"{name}.forward got an unexpected keyword argument {min(unknown)!r}")
+    missing = [key for key in needed if given.get(key) is None]
+    if missing:
+        raise TypeError(f"{name}.forward needs {missing[0]}= too: (n, D) unit-norm")
+    found = {key: x for key, x in given.items() if x is not None}
+    for x in found.values():
+        check_features(images, x, None)
+    return found
 
 
 def check_ids(ids: Tensor | None, name: str, features: Tensor) -> Tensor | None:

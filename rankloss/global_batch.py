@@ -1,6 +1,6 @@
 """Common parts of losses over the global batch: their options, the way from input to batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple, TypedDict
 
@@ -40,6 +40,8 @@ class Inputs(NamedTuple):
         processes: with whom.
         scale, bias: 0-D; bias None where there is none.
         image_ids, text_ids: (M,) of the global batch; None if not given, or known not to repeat.
+        further: features of further kinds, by name, for a loss that compares such.
+        local: the caller leaves other processes out, as for an evaluation.
     """
 
     processes: Processes
@@ -47,6 +49,8 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     image_ids: Tensor | None
     text_ids: Tensor | None
+    further: Mapping[str, Tensor]
+    local: bool
 
     @property
     def ids(self) -> list[Tensor]:
@@ -101,14 +105,14 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         *,
         local: bool,
         embed_dim: int | None = None,
-        others: Callable[[], Sequence[Tensor]] = tuple,
+        further: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> Inputs:
         """Check the input, agree with the other processes on it, and gather the ids.
 
         Args:
             local: leave the other processes out.
             embed_dim: width that the features must have, or None.
-            others: checks and returns further features that the loss exchanges.
+            further: checks and returns further features that the loss exchanges.
 
         Raises:
             TypeError, ValueError: the input is wrong here, or does not fit that of the others.
@@ -117,7 +121,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
             ALONE if local else rank_and_world_size(self.rank, self.world_size, self.process_group)
         )
 
-        exchanged = [image_features, text_features]
+        more: dict[str, Tensor] = {}
 
         def check() -> tuple[Tensor, Tensor | None]:
             for name, x in (
@@ -130,7 +134,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
             check_features(image_features, text_features, embed_dim)
             check_ids(image_ids, "image_ids", image_features)
             check_ids(text_ids, "text_ids", image_features)
-            exchanged.extend(others())
+            more.update(further())
             scale = as_scalar("logit_scale", logit_scale, image_features)
             if logit_bias is None:
                 return scale, None
@@ -139,7 +143,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         scale, bias = _telling_others(check, processes, image_features)
         if processes.group is not None and processes.world_size > 1:
             message = Message.about(
-                exchanged,
+                [image_features, text_features, *more.values()],
                 (image_ids, text_ids),
                 gather_with_grad=self.gather_with_grad,
             )
@@ -147,7 +151,7 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         images, texts = map(repeated_ids, gather_ids((image_ids, text_ids), processes))
         part = 1 / self.accum_freq
         bias = None if bias is None else scale_gradient(bias, part)
-        return Inputs(processes, scale_gradient(scale, part), bias, images, texts)
+        return Inputs(processes, scale_gradient(scale, part), bias, images, texts, more, local)
 
 
 def repeated_ids(ids: Tensor | None) -> Tensor | None:

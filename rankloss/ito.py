@@ -1,18 +1,22 @@
 """ITO: two views of an image against its text, and fused views against each other."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from rankloss.checks import check_features
+from rankloss.checks import check_further
 from rankloss.clip import clip_loss, info_nce, positive_mask
 from rankloss.distributed import GlobalBatch, Processes, gather_features
-from rankloss.global_batch import GatherOptions, GlobalBatchLoss, Inputs
+from rankloss.global_batch import GatherOptions, Inputs
+from rankloss.pair_loss import PairLoss
 from rankloss.scores import cross_modal_scores, scaled_cosines
+
+VIEW, TEXTS = "other_view_features", ["other_text_features"]
+FUSED = ["fused_features", "other_fused_features"]
 
 
 class _Side(NamedTuple):
@@ -22,7 +26,7 @@ class _Side(NamedTuple):
     all: Tensor
 
 
-class ITOLoss(GlobalBatchLoss):
+class ITOLoss(PairLoss):
     """ITO: two views of every image against its text, and fused views against each other.
 
         L = 1/2 [CLIP(v1, t) + CLIP(v2, t)]  +  w NT-Xent(f1, f2)
@@ -42,6 +46,13 @@ class ITOLoss(GlobalBatchLoss):
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
             `rankloss.global_batch.GlobalBatchLoss`.
 
+    Called as any `PairLoss`, and with
+        other_view_features: (n, D) unit-norm, of another view of the same images.
+        other_text_features: (n, D) unit-norm, of other captions of the same images, or None.
+        fused_features, other_fused_features: (n, D') unit-norm, from `ITOFusion`, of the first and
+            of the other view; not used if fusion_weight is 0.
+    Samples that share an id are positives of each other in both terms (this project's choice).
+
     Raises:
         ValueError: fusion_weight is negative.
 
@@ -59,77 +70,32 @@ class ITOLoss(GlobalBatchLoss):
             raise ValueError(f"ITOLoss: fusion_weight must be 0 or more, got {fusion_weight}")
         self.fusion_weight = fusion_weight
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        other_view_features: Tensor,
-        other_text_features: Tensor | None = None,
-        fused_features: Tensor | None = None,
-        other_fused_features: Tensor | None = None,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of this process's pairs.
+    def further(self, images: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Check views, captions, and fused features if they count."""
+        views = {name: x for name, x in given.items() if name not in FUSED}
+        found = check_further("ITOLoss", images, views, [VIEW], TEXTS)
+        if self.fusion_weight:
+            fused = _checked_fusion(images, *(given.get(name) for name in FUSED))
+            found |= zip(FUSED, fused, strict=True)
+        return found
 
-        Args:
-            image_features, text_features, logit_scale: as in `PairLoss.forward`.
-            logit_bias: added to the logits of images against texts.
-            other_view_features: (n, D) unit-norm, of another view of the same images.
-            other_text_features: (n, D) unit-norm, of other captions of the same images.
-            fused_features, other_fused_features: (n, D') unit-norm, from `ITOFusion`, of the first
-                and of the other view; not used if fusion_weight is 0.
-            image_ids, text_ids: (n,) integers; samples that share an id are positives of each
-                other in both terms (this project's choice).
-            local: leave other processes out: the loss of these n samples alone.
-            output_dict: return {"contrastive_loss", "fusion_loss"}, already weighted, whose sum is
-                the loss; without the second if fusion_weight is 0.
-
-        Raises:
-            TypeError: features are not floating.
-            ValueError: shapes or devices do not fit, fused features are missing, processes hold
-                different numbers of pairs, or rank/world_size contradict the process group.
-        """
-        texts = [text_features]
-        if other_text_features is not None:
-            texts.append(other_text_features)
-        features = [image_features, other_view_features, *texts]
-
-        def others() -> list[Tensor]:
-            for x in features:
-                check_features(image_features, x, None)
-            if self.fusion_weight:
-                fused = _checked_fusion(image_features, fused_features, other_fused_features)
-                features.extend(fused)
-            return [*features[1:2], *features[3:]]
-
-        inputs = self.prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            local=local,
-            others=others,
-        )
+    def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Compute "contrastive_loss" and, unless fusion_weight is 0, "fusion_loss"."""
+        names = (name for name in (*TEXTS, *FUSED) if name in inputs.further)
+        features = [images, inputs.further[VIEW], texts, *(inputs.further[x] for x in names)]
         sides = [self._side(x, inputs.processes) for x in features]
-        labels = torch.arange(len(sides[0].anchors), device=image_features.device)
+        labels = torch.arange(len(sides[0].anchors), device=images.device)
         if sides[0].anchors is not sides[0].all:  # this process's samples alone
             labels = labels + inputs.processes.rank * len(labels)
         positives = positive_mask(inputs.ids, labels)
-        pairs = itertools.product(sides[:2], sides[2 : 2 + len(texts)])
+        fused = sides[-2:] if self.fusion_weight else []
+        pairs = itertools.product(sides[:2], sides[2 : len(sides) - len(fused)])
         clip = [_clip(view, text, labels, positives, inputs) for view, text in pairs]
         parts = {"contrastive_loss": torch.stack(clip).mean()}
-        if self.fusion_weight:
-            fusion = _nt_xent(sides[-2:], labels, positives, inputs.scale)
+        if fused:
+            fusion = _nt_xent(fused, labels, positives, inputs.scale)
             parts["fusion_loss"] = self.fusion_weight * fusion
-        return parts if output_dict else torch.stack(list(parts.values())).sum()
+        return parts
 
     def _side(self, features: Tensor, processes: Processes) -> _Side:
         """Gather one kind of features, in float32 or float64."""

@@ -1,18 +1,20 @@
-"""The common way in which losses of images and texts alone are called."""
+"""The common way in which losses of images and texts are called."""
 
 import functools
 import operator
-from typing import Literal, overload
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from rankloss.checks import check_further
 from rankloss.global_batch import GlobalBatchLoss, Inputs
 
 
 class PairLoss(GlobalBatchLoss):
-    """A loss over the global batch that needs nothing but image and text features.
+    """A loss over the global batch of image and text features, and perhaps of further kinds.
 
-    A member says in `terms` what it computes; how it is called is the same for all.
+    A member says in `terms` what it computes, and in `further` which other features it is given;
+    how it is called is the same for all.
 
     Args:
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
@@ -27,34 +29,6 @@ class PairLoss(GlobalBatchLoss):
     {'distance_loss': tensor(12.)}
     """
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        local: bool = False,
-        output_dict: Literal[True],
-    ) -> dict[str, Tensor]: ...
-
     def forward(
         self,
         image_features: Tensor,
@@ -66,6 +40,7 @@ class PairLoss(GlobalBatchLoss):
         text_ids: Tensor | None = None,
         local: bool = False,
         output_dict: bool = False,
+        **further: Tensor | None,
     ) -> Tensor | dict[str, Tensor]:
         """Compute the loss of this process's pairs.
 
@@ -80,9 +55,11 @@ class PairLoss(GlobalBatchLoss):
             local: leave other processes out: the loss of these n pairs alone, without any message,
                 e.g. for an evaluation on one process of many.
             output_dict: return the terms by name, already weighted, whose sum is the loss.
+            **further: features of the other kinds that the loss's own page names, if it does.
 
         Raises:
-            TypeError: features are not floating, or ids not integer.
+            TypeError: features are not floating, ids not integer, or further features missing or
+                not the loss's.
             ValueError: shapes or devices do not fit, processes hold different numbers of pairs,
                 widths, dtypes or kinds of ids (on every process), or rank/world_size contradict
                 the process group.
@@ -96,9 +73,22 @@ class PairLoss(GlobalBatchLoss):
             text_ids,
             local=local,
             embed_dim=self._feature_width,
+            further=functools.partial(self.further, image_features, further),
         )
         terms = self.terms(image_features, text_features, inputs)
         return terms if output_dict else functools.reduce(operator.add, terms.values())
+
+    def further(self, images: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Check features of further kinds, and return those that are given, by name.
+
+        Args:
+            images: (n, D), checked.
+            given: as in `forward`; a member that compares them says what they must be.
+
+        Raises:
+            TypeError: there are any, for a loss of images and texts alone.
+        """
+        return check_further(type(self).__name__, images, given)
 
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute the weighted terms of the loss, by name; a member's own part of `forward`.

@@ -157,7 +157,8 @@ def switch(name: str, page: Page, folder: Path) -> tuple[Minutes, Minutes]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pages", nargs="*", choices=[*PAGES, []], help="default: all")
-    rows = ["| page | minutes to install (of CPUs) | to run (of CPUs) |", "|---|---:|---:|"]
+    header = ["| page | minutes to install (of CPUs) | to run (of CPUs) |", "|---|---:|---:|"]
+    rows: list[str] = []
     failed = False
     for name in parser.parse_args().pages or PAGES:
         print(name, flush=True)
@@ -169,7 +170,7 @@ def main() -> int:
                 rows.append(f"| {name} | failed: `{error.cmd[-1]}` | |")
             else:
                 rows.append(f"| {name} | {minutes[0]} | {minutes[1]} |")
-    print("\n".join(rows))
+        print(*header, *rows, sep="\n", flush=True)
     return int(failed)
 
 

@@ -187,6 +187,10 @@ def test_bad_input() -> None:
         ALIPLoss()(x, t, 10.0, caption_features=c[:3])
     with pytest.raises(TypeError, match="floating point"):
         ALIPLoss()(x, t, 10.0, caption_features=c.long())
+    with pytest.raises(TypeError, match="needs caption_features= too"):
+        ALIPLoss()(x, t, 10.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'caption'"):
+        ALIPLoss()(x, t, 10.0, caption=c)
     negative: dict[str, Any] = {"sample_gamma": -1.0}
     for bad in (negative, {"momentum": 1.0}):
         with pytest.raises(ValueError, match="ALIPLoss: need"):
