@@ -9,8 +9,6 @@ that cannot be read are counted and left out.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import random
 import time
@@ -30,6 +28,7 @@ from examples.cc3m.features import FeatureReader, Features
 from examples.cc3m.positions import Origin, Position, ShardOrder, Unit
 from examples.common.files import UserError
 from examples.common.images import Box, Crop, Grid, cut_grid, views
+from examples.common.parallel import seeded
 from examples.common.shards import (
     Failures,
     SampleError,
@@ -319,7 +318,7 @@ class _Epoch(IterableDataset["Batch | _End"]):
 
     def _decode(self, sample: dict[str, Any], failures: Failures) -> _Example:
         loader, key = self.loader, sample["__key__"]
-        with _seeded(f"{loader.seed}/{self.position.epoch}/{key}"):
+        with seeded(f"{loader.seed}/{self.position.epoch}/{key}"):
             shown = views(sample, loader.crop, loader.views, failures)
             texts = [decode_caption(sample, source) for source in loader.captions]
         teacher = None
@@ -352,18 +351,3 @@ def _cut_features(reader: FeatureReader, sample: dict[str, Any], box: Box, grid:
     except KeyError as error:
         raise SampleError("no features", sample) from error
     return Features(cut_grid(patches, reader.grid, box, grid), cls)
-
-
-@contextlib.contextmanager
-def _seeded(name: str) -> Iterator[None]:
-    """Python's and torch's CPU generators seeded from `name`, and put back afterwards."""
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
-    python, generator = random.getstate(), torch.default_generator
-    state = generator.get_state()
-    random.seed(seed)
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        generator.set_state(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -181,6 +182,21 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Seed Python's and torch's CPU generators from a name, and put them back afterwards."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+    python, generator = random.getstate(), torch.default_generator
+    state = generator.get_state()
+    random.seed(seed)
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        generator.set_state(state)
 
 
 def generator_states() -> dict[str, Tensor]:

@@ -12,14 +12,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from examples.cc3m import extract_dinov3, teacher
+from examples.cc3m import extract_dinov3, recipe, teacher
 from examples.cc3m.batch import Batch
 from examples.cc3m.features import FORMAT, FeatureFolder, FeatureReader
 from examples.cc3m.loader import ShardLoader
 from examples.cc3m.positions import Position
+from examples.cc3m.settings import parse
+from examples.cc3m.train import Run
 from examples.common.files import UserError, write_json
 from examples.common.images import CentreCrop, Crop, RandomCrop, cut_grid
+from examples.common.parallel import Parallel
 from rankloss.fusion import TeacherFeatures
+from tests.helpers.tiny import TINY_CLIP
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2
 
@@ -190,6 +194,37 @@ def test_all_recipes_see_the_same_crops_in_the_same_order(
         assert not torch.equal(three.images[:, 0], three.images[:, 1])
     with pytest.raises(ValueError, match="one view of an image, got 2 views"):
         loader(shards, reader, views=2)
+
+
+def test_the_script_gives_every_recipe_the_same_images(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in shards:
+        Path(shard.replace(".tar", "_stats.json")).write_text(f'{{"successes": {PER_SHARD}}}')
+    monkeypatch.setattr(recipe, "SMALL_CLIP", TINY_CLIP)  # of 32 pixels
+    fine = extracted(shards, 4 * SIDE, monkeypatch)
+    shown = {}
+    for name in ("clip", "dinorankclip"):
+        command = ["--data", str(Path(shards[0]).parent / "{00000..00001}.tar"), "--recipe", name]
+        command += ["--model", "tiny", "--workers", "0", "--out", str(tmp_path / name)]
+        command += ["--features", str(fine.folder.path), "--train.batch-size", "4"]
+        with Run(parse(command), Parallel()) as run:
+            shown[name] = list(run.loader.epoch(Position(1)))
+    for plain, distilled in zip(shown["clip"], shown["dinorankclip"], strict=True):
+        assert torch.equal(plain.images, distilled.images)
+        assert plain.keys == distilled.keys
+        assert plain.teacher is None
+        assert targets(distilled).shape == (4, 2 * 2, 3)  # 32 pixels are two patches
+    assert run.loader.crop == RandomCrop(32)
+
+
+def test_features_that_do_not_fit_are_refused(shards: list[str], reader: FeatureReader) -> None:
+    folder = reader.folder.path
+    with pytest.raises(UserError, match="at 48 pixels, fewer than the model's 64; extract them"):
+        FeatureReader(folder, least_resolution=64)
+    write_json(folder / "manifest.json", {**reader.manifest, "format": 1})
+    with pytest.raises(UserError, match="older format, which shows the centre"):
+        FeatureReader(folder)
 
 
 def test_resuming_gives_the_same_features(shards: list[str], reader: FeatureReader) -> None:
