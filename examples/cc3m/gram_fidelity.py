@@ -1,4 +1,4 @@
-"""What fewer dimensions and smaller numbers cost the Gram matrices of a teacher's patches.
+"""Loss of fidelity of the Gram matrices of a teacher's patches, by dimensions and numbers kept.
 
     python -m examples.cc3m.gram_fidelity 'data/cc3m/{00000..00007}.tar'
     python -m examples.cc3m.gram_fidelity ... --dims 0 256 64 --images 256 --report fidelity.json
