@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.study.learnt import offset_share
 from benchmarks.study.measures import Result
 from benchmarks.study.questions import METRICS, QUESTIONS, TEST, Question
 from benchmarks.study.rows import Row
@@ -92,6 +93,7 @@ def _as_json(told: Any) -> Any:
 
 def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
     """Collect a row's measures seed by seed, its cost, and the curves of its first seed."""
+    results = {seed: {**x, "measures": _with_offsets(x)} for seed, x in results.items()}
     seeds = sorted(results)
     first = results[seeds[0]]
     names = [x for x in first["measures"] if all(x in results[s]["measures"] for s in seeds)]
@@ -109,6 +111,15 @@ def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
     if row.stage not in ("main", "photographs"):
         curves = {}
     return {**told, "curves": _shortened(curves)}
+
+
+def _with_offsets(result: Result) -> dict[str, float]:
+    """Return the measures of a run and, of its transitions, the shares that are offsets."""
+    tables = result["curves"].get("slices", {})
+    shares = {
+        f"{name}_offset": offset_share(tables[name]) for name in ("beta", "gamma") if name in tables
+    }
+    return {**result["measures"], **shares}
 
 
 def _shortened(told: Any) -> Any:

@@ -29,23 +29,25 @@ def likelihood(
 
     Returns:
         "ranking_nll", in nats a place, of the model with its transitions, and from order 2 on
-        "ranking_gain", by how much it is less than with the scores alone. Then the curve: "places",
-        and "gain", that of the places after the end before, up to this one.
+        "ranking_gain", by how much it is less than with the scores alone, and "offset_gain", the
+        same with the mean over candidates in the place of every predecessor. Then the curve:
+        "places", and "gain", that of the places after the end before, up to this one.
     """
     size = min(batch, len(images))
     ends = sorted({min(k, size) for k in (*PLACES, size)})
-    totals = torch.zeros(2, len(ends), dtype=torch.float64)
+    totals = torch.zeros(3, len(ends), dtype=torch.float64)
     count = 0
     for start in range(0, len(images) - size + 1, size):
         pair = images[start : start + size], texts[start : start + size]
         totals += _cumulative(*pair, scale, heads, ends)
         count += 2 * size
-    with_transitions, alone = totals / count
+    with_transitions, alone, offset = totals / count
     numbers = {"ranking_nll": float(with_transitions[-1]) / size}
     if not heads:
         return numbers, {}
     gain = alone - with_transitions
     numbers["ranking_gain"] = float(gain[-1]) / size
+    numbers["offset_gain"] = float(alone[-1] - offset[-1]) / size
     lengths = torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.long))
     by_place = gain.diff(prepend=torch.zeros(1, dtype=torch.float64)) / lengths
     return numbers, {"places": [float(k) for k in ends], "gain": by_place.tolist()}
@@ -54,15 +56,20 @@ def likelihood(
 def _cumulative(
     images: Tensor, texts: Tensor, scale: float, heads: Sequence[TransitionHeads], ends: list[int]
 ) -> Tensor:
-    """Sum over anchors the loss of the first k places, (2, ends): with transitions, and without."""
+    """Sum over anchors the loss of the first k places, (3, ends): with transitions, without, and
+    with the mean predecessor; without heads these are equal."""
     scores = scale * images @ texts.T
-    totals = torch.zeros(2, len(ends), dtype=torch.float64)
+    totals = torch.zeros(3, len(ends), dtype=torch.float64)
     sides = ((scores, scores.T, texts, -1), (scores.T.contiguous(), scores, images, 0))
     for own, target, candidates, which in sides:
-        tables = heads[which](candidates) if heads else None
+        tables = mean = None
+        if heads:
+            tables = heads[which](candidates)
+            average = tables.predecessors.mean(1, keepdim=True)
+            mean = tables._replace(predecessors=average.expand_as(tables.predecessors).contiguous())
         ranking = rankings(target)
         for column, k in enumerate(ends):
-            for row, used in enumerate((tables, None)):
+            for row, used in enumerate((tables, None, mean)):
                 nll = plackett_luce_nll(own, ranking[:, :k], used, reduction="sum")
                 totals[row, column] += k * nll.double()
     return totals
@@ -83,6 +90,18 @@ def slices(classes: dict[str, Tensor], heads: TransitionHeads) -> dict[str, Any]
     if len(terms) > 1:
         found["gamma"] = _rounded(terms[1][:, words.index(SLICE_AFTER)])
     return found
+
+
+def offset_share(table: list[list[float]]) -> float:
+    """Return the share of a transition table's variance that is an offset of each candidate.
+
+    Rows (what was taken) are centred first, for a constant changes no likelihood: 1 says that what
+    was taken does not matter, 0 that candidates have no offset in common.
+    """
+    rows = torch.tensor(table, dtype=torch.float64)
+    rows = rows - rows.mean(1, keepdim=True)
+    whole = rows.square().mean()
+    return float(rows.mean(0).square().mean() / whole) if whole else 1.0
 
 
 def _rounded(table: Tensor) -> list[list[float]]:

@@ -63,6 +63,11 @@ METRICS = {
         Metric("separability", "separability of modalities (%)", better=0, percent=True),
         Metric("ranking_nll", "ranking loss, nats a place", better=-1),
         Metric("ranking_gain", "gain by transitions, nats a place"),
+        Metric(
+            "beta_offset", "beta: share that no predecessor changes (%)", better=0, percent=True
+        ),
+        Metric("gamma_offset", "gamma: the same (%)", better=0, percent=True),
+        Metric("offset_gain", "gain by the mean predecessor, nats a place"),
         Metric("gate_difference", "text gate, full minus bare (above 0: closes on bare)", better=0),
         Metric("gate_full", "text gate, full captions", better=0),
         Metric("gate_bare", "text gate, bare captions", better=0),
@@ -187,9 +192,12 @@ QUESTIONS = (
     Question(
         "transitions",
         "What do the transitions of a trained third-order model give: how much held-out ranking "
-        "likelihood do they gain over the same model's scores alone?",
+        "likelihood do they gain over the same model's scores alone, and does it matter what was "
+        "taken before? If transitions are mere offsets of candidates, no predecessor changes them, "
+        "and the mean predecessor gains as much. (The shares and the mean predecessor were added "
+        "after the first seed's picture was seen.)",
         (("order-3", ""),),
-        ("ranking_gain", "ranking_nll"),
+        ("ranking_gain", "offset_gain", "beta_offset", "gamma_offset", "ranking_nll"),
     ),
     Question(
         "gate",

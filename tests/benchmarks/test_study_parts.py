@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.study.data import Batch, SceneData, batches, second_view
-from benchmarks.study.learnt import likelihood
+from benchmarks.study.learnt import likelihood, offset_share
 from benchmarks.study.photos import PhotoFiles, load_photos, read_captions, read_grades
 from benchmarks.study.planted import planted_model, transition_terms
 from benchmarks.study.rows import Row, all_rows, chosen, in_order, of_order, weighted
@@ -180,6 +180,20 @@ def test_gain_by_place_adds_up_and_is_the_definition_s() -> None:
     assert curve["gain"][0] == pytest.approx(0, abs=1e-6)  # nothing was taken before the first
 
 
+def test_the_mean_predecessor_gains_all_that_offsets_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = F.normalize(torch.randn(2, 8, 16, generator=generator), dim=2)
+    heads = trained_heads(16, 2)
+    numbers, _ = likelihood(images, texts, 5.0, [heads], batch=8)
+    assert abs(numbers["offset_gain"] - numbers["ranking_gain"]) > 1e-3
+    with torch.no_grad():  # candidates that differ in columns which the predecessors' map ignores
+        heads.predecessor_weight[:, 1:] = 0
+        images[:, 0] = texts[:, 0] = 0.5
+    numbers, _ = likelihood(images, texts, 5.0, [heads], batch=8)
+    assert abs(numbers["ranking_gain"]) > 1e-3
+    assert numbers["offset_gain"] == pytest.approx(numbers["ranking_gain"], rel=1e-4)
+
+
 @torch.no_grad()
 def test_terms_are_those_of_the_likelihood() -> None:
     tables = trained_heads(8, 3)(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
@@ -192,6 +206,14 @@ def test_terms_are_those_of_the_likelihood() -> None:
         first_two = 2 * plackett_luce_nll(torch.zeros(1, 5), ranking[:, :2], tables)
         all_three = 3 * plackett_luce_nll(torch.zeros(1, 5), ranking, tables)
         assert float(all_three - first_two) == pytest.approx(expected, abs=1e-5)
+
+
+def test_offset_share_tells_offsets_from_transitions() -> None:
+    offsets = [[1.0, 2.0, 6.0], [4.0, 5.0, 9.0]]  # the second row is the first, 3 higher
+    swapped = [[1.0, -1.0], [-1.0, 1.0]]
+    assert offset_share(offsets) == pytest.approx(1)
+    assert offset_share(swapped) == pytest.approx(0)
+    assert offset_share([[2.0, -2.0], [0.0, 0.0]]) == pytest.approx(0.5)
 
 
 def test_planted_terms_have_the_strength_asked_for() -> None:
