@@ -116,7 +116,8 @@ def plan_epochs(settings: RunSettings, loader: ShardLoader, *, warn: bool) -> li
         )
     if settings.resample or settings.samples is not None or not counts:
         return [possible] * train.epochs
-    planned = [loader.steps_of(e, counts, train.accumulate) for e in range(train.epochs)]
+    sizes = (loader.batch_size, train.accumulate, loader.world_size, loader.streams)
+    planned = [loader.order.steps_of(e, counts, *sizes) for e in range(train.epochs)]
     if not all(planned):
         raise UserError(
             f"some reader's shards hold fewer samples than its part of a batch ({samples} in "

@@ -156,23 +156,6 @@ class ShardLoader:
                 yield item
         self._check_complete(position, sum(consumed), batches)
 
-    def steps_of(self, epoch: int, samples: Sequence[int], parts: int) -> int:
-        """Return how many steps a whole epoch has: as many as the process with least data takes.
-
-        Args:
-            epoch: number of the epoch, which decides who reads what.
-            samples: in each shard.
-            parts: batches of each process in a step.
-        """
-        position, shares = Position(epoch), []
-        for rank in range(self.world_size):
-            batches = 0
-            for stream in range(self.streams):
-                units = self.order.share(position, rank, self.world_size, stream, self.streams)
-                batches += sum(samples[number] for number, _, _ in units) // self.batch_size
-            shares.append(batches)
-        return min(shares) // parts
-
     def shared_memory(self) -> int:
         """Return the bytes of shared memory that its workers need at most, 0 without workers.
 

@@ -99,6 +99,33 @@ class ShardOrder:
         units = [(number, part, parts) for number in left for part in range(parts)]
         return units[rank::world_size][stream::streams]
 
+    def steps_of(
+        self,
+        epoch: int,
+        samples: Sequence[int],
+        batch_size: int,
+        parts: int,
+        world_size: int,
+        streams: int,
+    ) -> int:
+        """Return how many steps a whole epoch has: as many as the process with least data takes.
+
+        Args:
+            epoch: number of the epoch, which decides who reads what.
+            samples: in each shard.
+            batch_size: samples of a batch.
+            parts: batches of each process in a step.
+            world_size, streams: processes, and streams of each.
+        """
+        position = Position(epoch)
+
+        def batches(rank: int, stream: int) -> int:
+            units = self.share(position, rank, world_size, stream, streams)
+            return sum(samples[number] for number, _, _ in units) // batch_size
+
+        shares = (sum(batches(r, s) for s in range(streams)) for r in range(world_size))
+        return min(shares) // parts
+
     def carry_over(self, positions: Sequence[Position]) -> Position:
         """Return where another number of processes goes on, given the position of each old one.
 

@@ -9,6 +9,7 @@ those of a full decoding, the crop does not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -173,11 +174,15 @@ def normalise(images: Tensor) -> Tensor:
     """Return images (..., 3, H, W) as CLIP's towers take them: float32; only uint8 is changed."""
     if images.dtype != torch.uint8:
         return images
-    mean, std = (
-        torch.tensor(x, device=images.device).view(3, 1, 1)
-        for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    )
+    mean, std = _statistics(images.device)
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return CLIP's mean and standard deviation, copied to a device once: copying waits for it."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return mean.to(device), std.to(device)
 
 
 def cut_grid(patches: Tensor, grid: Grid, box: Box, target: Grid) -> Tensor:

@@ -60,6 +60,15 @@ def batch(seed: int = 1, pairs: int = PAIRS, dtype: torch.dtype = torch.float64)
     return Batch(images, texts, 0, 0, keys=keys, teacher=teacher)
 
 
+def seen_by(recipe: str, whole: Batch) -> Batch:
+    """Return the batch with the views and captions that the recipe takes."""
+    if recipe == "ito":
+        return replace(whole, images=torch.stack([whole.images, whole.images.flip(3)], 1))
+    if recipe == "alip":
+        return replace(whole, texts=torch.stack([whole.texts, whole.texts.roll(1, 0)], 1))
+    return whole
+
+
 def pieces(whole: Batch, parts: int) -> list[Batch]:
     n = len(whole.images) // parts
     assert whole.teacher is not None
@@ -207,17 +216,17 @@ def share_of(whole: Batch, parts: int = 1) -> list[Batch]:
 
 
 def gradients_of_a_share(recipe: str, sharding: str, parts: int) -> dict[str, Tensor]:
-    return gradients(towers(recipe), share_of(batch(), parts), sharding)
+    return gradients(towers(recipe), share_of(seen_by(recipe, batch()), parts), sharding)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("recipe", ["siglip", "dinorankclip"])
+@pytest.mark.parametrize("recipe", ["siglip", "dinorankclip", "alip", "ito"])
 def test_processes_have_the_gradient_of_one(
     two: ProcessGroup, recipe: str, sharding: str, parts: int
 ) -> None:
     """DinoRankCLIP, scale and loss heads alike."""
-    expected = gradients(towers(recipe), [batch()])
+    expected = gradients(towers(recipe), [seen_by(recipe, batch())])
     for actual in two.run(gradients_of_a_share, recipe, sharding, parts):
         assert_close(actual, expected)
 
