@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from rankloss import ALIPLoss, ClipLoss
 from tests.helpers.features import features
@@ -160,27 +159,6 @@ def test_parts_of_a_batch_move_the_means_once() -> None:
 # ---------------------------------------------------------------- any input
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_float32_of_rounded_features(dtype: torch.dtype) -> None:
-    x, t, c = triplets(9, dtype=dtype)
-    wide = ALIPLoss()(x.float(), t.float(), 100.0, caption_features=c.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = ALIPLoss()(x, t, 100.0, caption_features=c)
-    assert torch.equal(narrow, wide)
-    gradients = torch.autograd.grad(narrow, (x, t, c))
-    assert all(y.dtype == dtype and y.isfinite().all() for y in gradients)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_small_batches(n: int) -> None:
-    x, t, c = triplets(n)
-    loss = ALIPLoss()
-    value = loss(x, t, 10.0, caption_features=c)
-    assert value == 0
-    assert all(y.isfinite().all() for y in torch.autograd.grad(value, (x, t, c)))
-    assert loss.means.isfinite().all()
-
-
 def test_bad_input() -> None:
     x, t, c = triplets(4)
     with pytest.raises(ValueError, match=r"both be \(n, D\)"):
@@ -198,53 +176,6 @@ def test_bad_input() -> None:
 
 
 # ---------------------------------------------------------------- several processes
-
-
-class Towers(nn.Module):
-    """Two linear towers and a scale, and the loss inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.image, self.text = nn.Linear(5, 7), nn.Linear(6, 7)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.loss = ALIPLoss(momentum=0.9)
-        self.double()
-
-    def forward(self, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
-        v, t, c = (
-            F.normalize(tower(x), dim=1)
-            for tower, x in ((self.image, images), (self.text, texts), (self.text, captions))
-        )
-        value: Tensor = self.loss(v, t, self.scale.exp(), caption_features=c)
-        return value
-
-
-def share(*inputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    model = Towers()
-    parallel = DistributedDataParallel(model)
-    for _ in range(2):  # the means of the second step are those of the first, moved
-        parallel.zero_grad()
-        value = parallel(*(x.chunk(dist.get_world_size())[dist.get_rank()] for x in inputs))
-        value.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return value.detach(), gradients, model.loss.means
-
-
-def test_two_processes_have_the_gradient_and_means_of_one(groups: dict[int, ProcessGroup]) -> None:
-    g = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(8, d, generator=g, dtype=torch.float64) for d in (5, 6, 6)]
-    model = Towers()
-    model(*inputs)
-    value = model(*inputs)
-    expected = torch.autograd.grad(value, list(model.parameters()))
-    results = groups[2].run(share, *inputs)
-    torch.testing.assert_close(torch.stack([x[0] for x in results]).mean(), value.detach())
-    for _, gradients, means in results:
-        torch.testing.assert_close(means, model.loss.means, rtol=0, atol=1e-14)
-        for x, y in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
 def refused_captions() -> str:

@@ -1,4 +1,4 @@
-"""SigLIP and CyCLIP: open_clip's values, the published formulas, and any number of processes."""
+"""SigLIP and CyCLIP by their formulas; with ALIP and ITO, any number of pairs and processes."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rankloss import ClipLoss, CyCLIPLoss, SigLipLoss
+from rankloss import ALIPLoss, ClipLoss, CyCLIPLoss, ITOLoss, SigLipLoss
 from tests.helpers.features import features
 from tests.helpers.processes import ProcessGroup
 
@@ -24,6 +24,23 @@ LOSSES: dict[str, Make] = {
     ),
 }
 each_baseline = pytest.mark.parametrize("name", LOSSES)
+MORE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(LOSSES, ()),
+    "alip": ("caption_features",),
+    "ito": ("other_view_features", "fused_features", "other_fused_features"),
+}
+"""Features that a loss needs besides an image's and a text's."""
+ALL: dict[str, Make] = {
+    **LOSSES,
+    "alip": lambda **options: ALIPLoss(momentum=0.9, **options),
+    "ito": ITOLoss,
+}
+
+
+def inputs(name: str, n: int, d: int = 8) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Features of image and text, and those that the loss is given by name."""
+    more = {x: features(n, d, seed=1 + i)[1] for i, x in enumerate(MORE[name])}
+    return list(features(n, d)), more
 
 
 def value_and_gradients(loss: nn.Module, *inputs: Tensor, **options: Any) -> list[Tensor]:
@@ -139,15 +156,18 @@ def test_the_scale_gets_only_clips_gradient() -> None:
     torch.testing.assert_close(ours, clip)
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- all
 
 
-@each_baseline
+@pytest.mark.parametrize("name", [x for x in ALL if x != "alip"])  # its weights have no gradient
 def test_gradients(name: str) -> None:
-    image, text = features(4, 3)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(LOSSES[name](), (image, text, scale, bias))
+    pair, more = inputs(name, 4, 3)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
+
+    def loss(*x: Tensor) -> Any:
+        return ALL[name]()(*x[:4], **dict(zip(more, x[4:], strict=True)))
+
+    assert torch.autograd.gradcheck(loss, (*pair, scale, bias, *more.values()))
 
 
 @each_baseline
@@ -175,38 +195,25 @@ def test_accumulation_with_cached_features(name: str) -> None:
         LOSSES[name](accum_freq=0)
 
 
-@each_baseline
+@pytest.mark.parametrize("name", ALL)
 def test_parts_sum_to_the_loss(name: str) -> None:
-    image, text = features(9)
-    parts = LOSSES[name]()(image, text, 10.0, -10.0, output_dict=True)
+    pair, more = inputs(name, 9)
+    loss = ALL[name]().eval()
+    parts = loss(*pair, 10.0, -10.0, **more, output_dict=True)
     assert all(part.endswith("_loss") for part in parts)
-    torch.testing.assert_close(sum(parts.values()), LOSSES[name]()(image, text, 10.0, -10.0))
+    torch.testing.assert_close(sum(parts.values()), loss(*pair, 10.0, -10.0, **more))
 
 
-@each_baseline
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_float32_of_rounded_features(name: str, dtype: torch.dtype) -> None:
-    """Also under autocast, which would otherwise multiply in half precision."""
-    image, text = features(9, dtype=dtype)
-    wide = LOSSES[name]()(image.float(), text.float(), 100.0, -10.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = LOSSES[name]()(image, text, 100.0, -10.0)
-    assert narrow.dtype == torch.float32
-    assert torch.equal(narrow, wide)
-    gradients = torch.autograd.grad(narrow, (image, text))
-    assert all(x.dtype == dtype and x.isfinite().all() for x in gradients)
-
-
-@each_baseline
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("n", [0, 1])
 def test_small_batches(name: str, n: int) -> None:
-    image, text = features(n)
-    value, *gradients = value_and_gradients(
-        LOSSES[name](), image, text, output_dict=False, logit_scale=torch.tensor(10.0)
-    )
+    pair, more = inputs(name, n)
+    loss = ALL[name]()
+    value = loss(*pair, 10.0, **more)
+    gradients = torch.autograd.grad(value, [*pair, *more.values()])
     assert value.isfinite()
-    assert all(x.isfinite().all() for x in gradients)
-    if n == 0:
+    assert all(x.isfinite().all() for x in (*gradients, *loss.buffers()))
+    if n == 0 or name in ("alip", "ito"):  # the match is the only candidate
         assert value == 0
 
 
@@ -229,52 +236,67 @@ def test_bad_input(name: str) -> None:
 # ---------------------------------------------------------------- several processes
 
 
-class Pair(nn.Module):
-    """Two linear towers, scale and bias, and a loss inside."""
+class Towers(nn.Module):
+    """Linear towers, scale and bias, and a loss inside."""
 
     def __init__(self, name: str, **options: bool) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.image, self.text = nn.Linear(5, 7), nn.Linear(6, 7)
+            self.fuse = nn.Linear(13, 9) if name == "ito" else None
         self.scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
-        self.loss = LOSSES[name](**options)
+        self.name, self.loss = name, ALL[name](**options)
         self.double()
 
-    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        v, t = (F.normalize(x, dim=1) for x in (self.image(images), self.text(texts)))
-        value: Tensor = self.loss(v, t, self.scale.exp(), self.bias)
+    def forward(self, images: Tensor, texts: Tensor, view: Tensor, caption: Tensor) -> Tensor:
+        v, w = (F.normalize(self.image(x), dim=1) for x in (images, view))
+        t, c = (F.normalize(self.text(x), dim=1) for x in (texts, caption))
+        more = [c] if self.name == "alip" else []
+        if self.fuse is not None:
+            fused = (self.fuse(torch.cat([x, texts], 1)) for x in (v, w))
+            more = [w, *(F.normalize(x, dim=1) for x in fused)]
+        named = dict(zip(MORE[self.name], more, strict=True))
+        value: Tensor = self.loss(v, t, self.scale.exp(), self.bias, **named)
         return value
 
 
-def gradients_of_a_share(
-    name: str, images: Tensor, texts: Tensor, options: dict[str, bool]
-) -> tuple[Tensor, list[Tensor]]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = Pair(name, **options)
-    parallel = DistributedDataParallel(model)
-    value = parallel(images.chunk(world)[rank], texts.chunk(world)[rank])
-    value.backward()
-    return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+def two_steps(
+    name: str, batch: list[Tensor], options: dict[str, bool], shared: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Value, gradients and buffers; ALIP's means of a second step are those of the first, moved."""
+    towers: nn.Module = Towers(name, **options)
+    model = DistributedDataParallel(towers) if shared else towers
+    if shared:
+        batch = [x.chunk(dist.get_world_size())[dist.get_rank()] for x in batch]
+    for _ in range(2):
+        model.zero_grad()
+        value = model(*batch)
+        value.backward()
+    gradients = [p.grad for p in towers.parameters() if p.grad is not None]
+    return value.detach(), gradients, list(towers.buffers())
 
 
-@pytest.mark.parametrize("gather_with_grad", [True, False])
-@pytest.mark.parametrize("local_loss", [True, False])
-@each_baseline
+WAYS = [(name, a, b) for name in LOSSES for a in (True, False) for b in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "local_loss", "gather_with_grad"), [*WAYS, ("alip", True, True), ("ito", True, True)]
+)
 def test_two_processes_have_the_gradient_of_one(
     groups: dict[int, ProcessGroup], name: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     """Without gradient in the gather towers have less: half of it where all score everything."""
     g = torch.Generator().manual_seed(1)
-    images, texts = (torch.randn(12, d, generator=g, dtype=torch.float64) for d in (5, 6))
-    model = Pair(name)
-    value = model(images, texts)
-    expected = torch.autograd.grad(value, list(model.parameters()))
+    batch = [torch.randn(12, d, generator=g, dtype=torch.float64) for d in (5, 6, 5, 6)]
     options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
-    results = groups[2].run(gradients_of_a_share, name, images, texts, options)
-    torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
-    for _, gradients in results:
-        for (parameter, _), x, y in zip(model.named_parameters(), gradients, expected, strict=True):
+    value, expected, buffers = two_steps(name, batch, {}, shared=False)
+    results = groups[2].run(two_steps, name, batch, options, True)
+    torch.testing.assert_close(torch.stack([x for x, *_ in results]).mean(), value)
+    names = [x for x, _ in Towers(name).named_parameters()]
+    for _, gradients, theirs in results:
+        torch.testing.assert_close(theirs, buffers, rtol=0, atol=1e-14)
+        for parameter, x, y in zip(names, gradients, expected, strict=True):
             local_is_exact = name == "siglip" and local_loss and parameter.startswith("image")
             if gather_with_grad or local_is_exact or parameter in ("scale", "bias"):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-12)

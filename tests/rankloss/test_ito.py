@@ -7,15 +7,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from rankloss import ClipLoss, ITOFusion, ITOLoss
 from rankloss.ito_fusion import sine_cosine_positions
 from tests.helpers.features import features
-from tests.helpers.processes import ProcessGroup
 
 
 def inputs(n: int, d: int = 8, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -87,37 +84,6 @@ def test_equal_views_without_fusion_are_clip() -> None:
     (view, text), _ = inputs(6)
     value = ITOLoss(0.0)(view, text, 9.0, other_view_features=view)
     torch.testing.assert_close(value, ClipLoss()(view, text, 9.0))
-
-
-def test_gradients_reach_everything() -> None:
-    (view, text), named = inputs(4, 3)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-
-    def loss(*x: Tensor) -> Any:
-        return ITOLoss()(*x[:3], **dict(zip(named, x[3:], strict=True)))
-
-    assert torch.autograd.gradcheck(loss, (view, text, scale, *named.values()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_float32_of_rounded_features(dtype: torch.dtype) -> None:
-    """Also where the published code's 1e9 would be infinite."""
-    (view, text), named = inputs(9, dtype=dtype)
-    wide = ITOLoss()(view.float(), text.float(), 100.0, **{k: v.float() for k, v in named.items()})
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = ITOLoss()(view, text, 100.0, **named)
-    assert torch.equal(narrow, wide)
-    gradients = torch.autograd.grad(narrow, (view, text, *named.values()))
-    assert all(x.dtype == dtype and x.isfinite().all() for x in gradients)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_small_batches(n: int) -> None:
-    (view, text), named = inputs(n)
-    value = ITOLoss()(view, text, 10.0, **named)
-    assert value == 0  # the only other feature is the match
-    gradients = torch.autograd.grad(value, (view, text, *named.values()))
-    assert all(x.isfinite().all() for x in gradients)
 
 
 def test_bad_input() -> None:
@@ -279,54 +245,3 @@ def test_inference_never_sees_the_fusion() -> None:
     assert all(map(torch.equal, after, inference(plain, views[0], texts)))
     assert not torch.allclose(after[0], before[0])
     assert not loss.state_dict()
-
-
-# ---------------------------------------------------------------- several processes
-
-
-class Towers(nn.Module):
-    """Linear towers and a scale, and the loss inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.image, self.text, self.fuse = nn.Linear(5, 7), nn.Linear(6, 7), nn.Linear(11, 9)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.loss = ITOLoss()
-        self.double()
-
-    def forward(self, view: Tensor, other: Tensor, texts: Tensor) -> Tensor:
-        images, t = [view, other], F.normalize(self.text(texts), dim=1)
-        v = [F.normalize(self.image(x), dim=1) for x in images]
-        f = [F.normalize(self.fuse(torch.cat([x, texts], 1)), dim=1) for x in images]
-        value: Tensor = self.loss(
-            v[0],
-            t,
-            self.scale.exp(),
-            other_view_features=v[1],
-            fused_features=f[0],
-            other_fused_features=f[1],
-        )
-        return value
-
-
-def share(*parts: Tensor) -> tuple[Tensor, list[Tensor]]:
-    model = Towers()
-    parallel = DistributedDataParallel(model)
-    value = parallel(*(x.chunk(dist.get_world_size())[dist.get_rank()] for x in parts))
-    value.backward()
-    return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def test_two_processes_have_the_gradient_of_one(groups: dict[int, ProcessGroup]) -> None:
-    g = torch.Generator().manual_seed(1)
-    parts = [torch.randn(8, d, generator=g, dtype=torch.float64) for d in (5, 5, 6)]
-    model = Towers()
-    value = model(*parts)
-    expected = torch.autograd.grad(value, list(model.parameters()))
-    results = groups[2].run(share, *parts)
-    torch.testing.assert_close(torch.stack([x for x, _ in results]).mean(), value.detach())
-    for _, gradients in results:
-        for x, y in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
