@@ -80,6 +80,19 @@ def test_links_lead_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_the_tree_is_the_real_one() -> None:
+    """Its folders and files exist, and no folder of Python files is left out."""
+    section = text().split("## Where things are")[1]
+    for line in section.splitlines():
+        folder, *rest = re.findall(r"`([\w./]+)`", line)[:9] if line.startswith("| `") else [""]
+        for name in (folder, *(x for x in rest if x.endswith((".py", "/")))):
+            assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
+    named = set(re.findall(r"`([\w/]+)/`", section))
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/*.py")}
+    folders |= {path.parent.relative_to(ROOT) for path in ROOT.glob("examples/*/*.py")}
+    assert {str(folder) for folder in folders if not str(folder).startswith(".")} <= named
+
+
 def test_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\S+)", text(), re.MULTILINE):

@@ -26,22 +26,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def run(group: ProcessGroup, folder: Path, name: str, *more: str, data: str = "csv") -> list[Run]:
+def run(two: ProcessGroup, folder: Path, name: str, *more: str, data: str = "csv") -> list[Run]:
     line = arguments(folder, name, *more, data=data)
-    return group.run(launch, folder, free_port(), line)
+    return two.run(launch, folder, free_port(), line)
 
 
 def checkpoint(folder: Path, name: str, epoch: int) -> dict[str, Any]:
@@ -56,16 +49,16 @@ def assert_equal(a: Run, b: Run) -> None:
         assert torch.equal(value, b[key]), key
 
 
-def test_two_processes_train_save_resume_and_export(folder: Path, group: ProcessGroup) -> None:
-    first, second = run(group, folder, "whole", "--rank-order", "3", "--epochs", "2")
+def test_two_processes_train_save_resume_and_export(folder: Path, two: ProcessGroup) -> None:
+    first, second = run(two, folder, "whole", "--rank-order", "3", "--epochs", "2")
     assert_equal(first, second)
     assert first[KEYS].abs().max() > 0  # keys start at zero: the optimizer moved them
     saved = checkpoint(folder, "whole", 2)["state_dict"]
     assert_equal({key.removeprefix("module."): value for key, value in saved.items()}, first)
 
-    run(group, folder, "part", "--rank-order", "3", "--epochs", "1")
+    run(two, folder, "part", "--rank-order", "3", "--epochs", "1")
     resume = str(folder / "logs/part/checkpoints/epoch_1.pt")
-    resumed = run(group, folder, "rest", "--rank-order", "3", "--epochs", "2", "--resume", resume)
+    resumed = run(two, folder, "rest", "--rank-order", "3", "--epochs", "2", "--resume", resume)
     assert_equal(resumed[0], first)
 
     import open_clip
@@ -89,13 +82,13 @@ def test_two_processes_train_save_resume_and_export(folder: Path, group: Process
     ids=["webdataset", "siglip", "coca", "rankclip", "distilled"],
 )
 def test_kinds_of_runs(
-    folder: Path, group: ProcessGroup, data: str, more: tuple[str, ...], moved: str
+    folder: Path, two: ProcessGroup, data: str, more: tuple[str, ...], moved: str
 ) -> None:
     """Every process ends with the same, trained, finite parameters."""
     name = f"{data}{''.join(more)}"
     paths = [str(folder / x) if x.endswith(".pt") else x for x in more]
     options = "--epochs", "1", "--rank-order", "2", *paths
-    first, second = run(group, folder, name, *options, data=data)
+    first, second = run(two, folder, name, *options, data=data)
     assert_equal(first, second)
     assert all(x.isfinite().all() for x in first.values() if x.is_floating_point())
     log = (folder / "logs" / name / "out.log").read_text()

@@ -1,7 +1,6 @@
 """The functions that docs/codebases/pytorch.md shows for FSDP2 and meshes, in two processes."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from tests.helpers.processes import ProcessGroup
 PAGE = Path(__file__).parents[2] / "docs" / "codebases" / "pytorch.md"
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="tests run outside the checkout")
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
 
 
 def page() -> dict[str, Any]:
@@ -59,11 +51,11 @@ def sharded() -> tuple[float, Tensor]:
     return float(loss.detach()), gradient.full_tensor()
 
 
-def test_fsdp2(group: ProcessGroup) -> None:
+def test_fsdp2(two: ProcessGroup) -> None:
     model = build(page())
     loss = model(*data())
     loss.backward()
-    (a, gradient), (b, _) = group.run(sharded)
+    (a, gradient), (b, _) = two.run(sharded)
     assert (a + b) / 2 == pytest.approx(float(loss.detach()), rel=1e-5)
     expected = model.rank_loss.transition_heads[0].key_weight.grad
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
@@ -77,9 +69,9 @@ def tensor_parallel() -> float:
     return float(loss(features[0], features[1], 10.0).detach())
 
 
-def test_tensor_parallel_neighbours_are_no_negatives(group: ProcessGroup) -> None:
+def test_tensor_parallel_neighbours_are_no_negatives(two: ProcessGroup) -> None:
     names = page()
     features = torch.nn.functional.normalize(torch.ones(2, 4, 16).tril(), dim=2)
     alone = names["HighOrderPLLoss"](embed_dim=16, order=3)(features[0], features[1], 10.0)
-    for value in group.run(tensor_parallel):
+    for value in two.run(tensor_parallel):
         assert value == pytest.approx(float(alone.detach()))

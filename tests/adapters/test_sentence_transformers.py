@@ -1,7 +1,6 @@
 """RankingLoss and PlackettLuceLoss under the installed sentence-transformers and its trainers."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +152,6 @@ def test_two_columns_are_needed(tmp_path: Path) -> None:
         loss([tokens] * 3)
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 def gradients(folder: Path, rank: int, world_size: int, backwards: int = 1) -> dict[str, Tensor]:
     """Gradients of this process's share of 8 pairs, the model in DistributedDataParallel."""
     loss = RankingLoss(encoder(folder), order=2, transition_dim=4)
@@ -186,10 +178,10 @@ def gradients_of_two(folder: Path) -> dict[str, Tensor]:
         return gradients(folder, dist.get_rank(), dist.get_world_size(), backwards=2)
 
 
-def test_two_processes_have_the_gradient_of_all_pairs(tmp_path: Path, group: ProcessGroup) -> None:
+def test_two_processes_have_the_gradient_of_all_pairs(tmp_path: Path, two: ProcessGroup) -> None:
     """Heads and scale too, in two backward passes."""
     whole = gradients(tmp_path, 0, 1)
-    first, second = group.run(gradients_of_two, tmp_path)
+    first, second = two.run(gradients_of_two, tmp_path)
     assert {KEYS, "log_scale"} < whole.keys() == first.keys()
     for key, value in whole.items():
         torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-6, msg=key)

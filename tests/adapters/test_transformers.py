@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +240,6 @@ def test_compute_loss_func_is_not_divided_by_accumulation_steps(tmp_path: Path) 
     torch.testing.assert_close(thrice, 3 * once, rtol=1e-3, atol=1e-6)  # not the mean
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 def step_of_two(folder: Path) -> dict[str, Tensor]:
     """A step of Trainer in a process that finds itself started by torchrun."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
@@ -259,10 +251,10 @@ def step_of_two(folder: Path) -> dict[str, Tensor]:
 
 
 def test_two_processes_of_trainer_have_the_gradient_of_the_global_batch(
-    tmp_path: Path, group: ProcessGroup
+    tmp_path: Path, two: ProcessGroup
 ) -> None:
     """Under Trainer's own DistributedDataParallel settings."""
-    first, second = group.run(step_of_two, tmp_path)
+    first, second = two.run(step_of_two, tmp_path)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
     assert_close(first, by_hand([pairs(8)]))

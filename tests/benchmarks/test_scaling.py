@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,6 @@ def saved_bytes(setting: Loss) -> int:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_kept_memory_in_one_process(setting: Loss) -> None:
     assert saved_bytes(setting) == pytest.approx(setting.kept_bytes(), rel=0.02)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s.order != 1], ids=str)

@@ -203,13 +203,6 @@ def test_epochs_of_endless_data_have_the_planned_number_of_steps(tmp_path: Path)
 # ---------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 def share_of(whole: Batch, parts: int = 1) -> list[Batch]:
     mine = pieces(whole, dist.get_world_size())[dist.get_rank()]
     return pieces(mine, parts)

@@ -297,14 +297,13 @@ def _in_a_group_of_its_own(student: Tensor, teacher: Tensor) -> tuple[Tensor, Te
     return value_and_gradient(loss, student.chunk(2)[rank], teacher.chunk(2)[rank])
 
 
-def test_pairs_cross_processes() -> None:
+def test_pairs_cross_processes(two: ProcessGroup) -> None:
     """Value, and gradient by DDP's average over processes; masks keep other numbers of tokens.
 
     They do not cross the borders of a process group.
     """
     student, teacher = random_features(4, 5, 3), random_features(4, 5, 6, seed=1)
     masks = [None, torch.arange(20).reshape(4, 5) % 3 != 0, torch.zeros(4, 5).bool()]
-    two = ProcessGroup(2)
     for negatives in NEGATIVES:
         for mask in masks:
             value, d_student = value_and_gradient(
@@ -315,7 +314,6 @@ def test_pairs_cross_processes() -> None:
                 torch.testing.assert_close(each, value)
             torch.testing.assert_close(torch.cat([d for _, d in results]) / 2, d_student)
     results = two.run(_in_a_group_of_its_own, student, teacher)
-    two.close()
     for found, *part in zip(results, student.chunk(2), teacher.chunk(2), strict=True):
         torch.testing.assert_close(found, value_and_gradient(GramLoss("batch"), *part))
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -164,13 +163,6 @@ def test_the_gradient_of_a_near_pair_is_what_the_docstring_says(
 
 
 # ---------------------------------------------------------------- processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
 
 
 def _local(x: Tensor, top_k: int, distributed: bool) -> tuple[Tensor, Tensor]:

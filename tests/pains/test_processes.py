@@ -3,7 +3,6 @@
 Each is described in docs/troubleshooting.md under the name of its test.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +25,6 @@ LOSSES: dict[str, Any] = {
     "siglip": SigLipLoss,
     "cyclip": CyCLIPLoss,
 }
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
 
 
 class Model(nn.Module):
@@ -82,10 +74,10 @@ def under_ddp(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_do_not_depend_on_the_number_of_processes(group: ProcessGroup, name: str) -> None:
+def test_gradients_do_not_depend_on_the_number_of_processes(two: ProcessGroup, name: str) -> None:
     model = Model(name)
     model(*share()).backward()
-    for found in group.run(under_ddp, name):
+    for found in two.run(under_ddp, name):
         assert_close(found, gradients(model))
 
 
@@ -104,8 +96,8 @@ def one_step() -> tuple[bool, list[Tensor]]:
     return not any(map(torch.equal, before, after)), after
 
 
-def test_parameters_of_the_loss_are_equal_on_every_process(group: ProcessGroup) -> None:
-    (moved, first), (_, second) = group.run(one_step)
+def test_parameters_of_the_loss_are_equal_on_every_process(two: ProcessGroup) -> None:
+    (moved, first), (_, second) = two.run(one_step)
     assert moved
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
@@ -118,8 +110,8 @@ def uneven() -> str:
     return str(error.value)
 
 
-def test_uneven_batches_are_an_error_on_every_process(group: ProcessGroup) -> None:
-    assert len(group.run(uneven)) == 2
+def test_uneven_batches_are_an_error_on_every_process(two: ProcessGroup) -> None:
+    assert len(two.run(uneven)) == 2
 
 
 def ids_on_one() -> str:
@@ -129,8 +121,8 @@ def ids_on_one() -> str:
     return str(error.value)
 
 
-def test_ids_on_some_processes_are_an_error_on_every_process(group: ProcessGroup) -> None:
-    assert len(group.run(ids_on_one)) == 2
+def test_ids_on_some_processes_are_an_error_on_every_process(two: ProcessGroup) -> None:
+    assert len(two.run(ids_on_one)) == 2
 
 
 IDS = torch.tensor([0, 1, 2, 3, 3, 5, 0, 7])  # matches across and within the shares
@@ -141,10 +133,10 @@ def with_ids() -> float:
     return float(Model()(*mine(), text_ids=ids).detach())
 
 
-def test_gathered_ids_mark_the_right_pairs(group: ProcessGroup) -> None:
+def test_gathered_ids_mark_the_right_pairs(two: ProcessGroup) -> None:
     expected = float(Model()(*share(), text_ids=IDS).detach())
     assert float(Model()(*share()).detach()) != pytest.approx(expected)
-    values = group.run(with_ids)
+    values = two.run(with_ids)
     assert sum(values) / 2 == pytest.approx(expected)
 
 
@@ -175,10 +167,10 @@ def cached() -> tuple[list[Tensor], int]:
     return gradients(model), len(reduced)
 
 
-def test_cached_gradients_cross_processes_once_a_step(group: ProcessGroup) -> None:
+def test_cached_gradients_cross_processes_once_a_step(two: ProcessGroup) -> None:
     model = Model()
     model(*share()).backward()
-    for found, reductions in group.run(cached):
+    for found, reductions in two.run(cached):
         assert_close(found, gradients(model))
         assert reductions == 1
 
@@ -190,8 +182,8 @@ def spread_features() -> None:
         SigLipLoss()(distribute_tensor(images, mesh, [Shard(0)]), texts, 10.0)
 
 
-def test_distributed_tensors_are_refused(group: ProcessGroup) -> None:
-    group.run(spread_features)
+def test_distributed_tensors_are_refused(two: ProcessGroup) -> None:
+    two.run(spread_features)
 
 
 def evaluate_on_first() -> float | None:
@@ -201,8 +193,8 @@ def evaluate_on_first() -> float | None:
         return float(Model()(*mine(), local=True))
 
 
-def test_one_process_can_evaluate_alone(group: ProcessGroup) -> None:
-    value, none = group.run(evaluate_on_first)
+def test_one_process_can_evaluate_alone(two: ProcessGroup) -> None:
+    value, none = two.run(evaluate_on_first)
     assert none is None
     assert value == pytest.approx(float(Model()(*share(0, 2)).detach()))
 

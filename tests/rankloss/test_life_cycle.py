@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,22 +265,15 @@ def _sharded_from_meta(apart: bool, state: dict[str, Any] | None) -> tuple[Any, 
     return before, state_of_the_loss(), warned
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> Iterator[ProcessGroup]:
-    group = ProcessGroup(2)
-    yield group
-    group.close()
-
-
 @pytest.mark.parametrize("apart", [False, True], ids=["with the model", "heads apart"])
 @pytest.mark.parametrize("how", ["reset", "load"])
-def test_built_on_meta_and_sharded(how: str, apart: bool, two_processes: ProcessGroup) -> None:
+def test_built_on_meta_and_sharded(how: str, apart: bool, two: ProcessGroup) -> None:
     owner = Owner()
     if how == "load":
         randomize(owner.loss)
         owner.loss.set_progress(0.1)
     state = owner.state_dict()
-    replies = two_processes.run(_sharded_from_meta, apart, state if how == "load" else None)
+    replies = two.run(_sharded_from_meta, apart, state if how == "load" else None)
     for before, after, warned in replies:
         assert before.keys() == {name for name in state if name.startswith("loss.")}
         for name, x in before.items():
