@@ -32,10 +32,8 @@ class ChannelSpatialAttention(nn.Module):
     def __init__(self, dim: int, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__()
         if dim < 1 or reduction < 1 or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                "ChannelSpatialAttention: need dim, reduction >= 1 and an odd kernel_size, got "
-                f"{dim}, {reduction} and {kernel_size}"
-            )
+            need, got = "dim, reduction >= 1 and an odd kernel_size", (dim, reduction, kernel_size)
+            raise ValueError(f"ChannelSpatialAttention: need {need}, got {got}")
         self.dim = dim
         hidden = max(1, dim // reduction)
         self.channel = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))

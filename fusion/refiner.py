@@ -21,9 +21,9 @@ class SelfAttentionRefiner(nn.Module):
         ValueError: dim is not a multiple of heads, or a size is not positive.
 
     Example:
-        >>> layer = SelfAttentionRefiner(256)
-        >>> layer(torch.randn(2, 7, 256)).shape
-        torch.Size([2, 7, 256])
+        >>> tokens = torch.randn(2, 7, 256)
+        >>> SelfAttentionRefiner(256, heads=8)(tokens).shape == tokens.shape
+        True
     """
 
     def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0) -> None:

@@ -54,8 +54,8 @@ class PlackettLuceLoss(nn.Module):
         *,
         ties: Ties = "exact",
         place_weights: PlaceWeights = "none",
-        top_k: int | None = None,
         ignore_index: int = -100,
+        top_k: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()

@@ -22,23 +22,23 @@ class ObjectiveSettings:
 
     Args:
         koleo_weight: weight of the sum over global crops, within groups of `koleo_group` samples.
+        teacher_temperatures: before and after the warm-up, which lasts `temperature_warmup`.
         gram_weight: weight of the mean-form Gram loss, from `gram_start` on; no anchor before.
         gram_start, gram_every, gram_refreshes: when the anchor is first taken from the
             moving-average teacher, how often it is taken again, and how many times in all.
         momentum: that of the teacher's moving average at the start; it ends at 1.
-        teacher_temperatures: before and after the warm-up, which lasts `temperature_warmup`.
         prototypes: number of them in both heads.
     """
 
     koleo_weight: float = 0.1
     koleo_group: int = 16
+    teacher_temperatures: tuple[float, float] = (0.04, 0.07)
+    temperature_warmup: float = 0.3
     gram_weight: float = 2.0
     gram_start: float = 0.6
     gram_every: float = 0.1
     gram_refreshes: int = 3
     momentum: float = 0.99
-    teacher_temperatures: tuple[float, float] = (0.04, 0.07)
-    temperature_warmup: float = 0.3
     prototypes: int = 512
 
 
@@ -48,28 +48,29 @@ class Settings:
 
     Args:
         scenes: whose training split is seen, images only.
+        local_size, locals_: side of the local crops in pixels, and how many of each image.
         model, options: arguments of timm.create_model.
         steps: number of them; every schedule is a share of them.
         batch_size: images of a step, a multiple of `objective.koleo_group`.
-        local_size, locals_: side of the local crops in pixels, and how many of each image.
         learning_rate: at its peak, after `warmup` (a share of the steps); then a cosine to 0.
         weight_decay: weight decay of matrices.
+        objective: weights and schedules of the loss.
         clip_norm: largest gradient norm.
         checkpoint_steps: steps between checkpoints.
         seed: decides initialisation, order and crops.
     """
 
     scenes: SceneSettings = field(default_factory=lambda: SceneSettings(train=10240))
-    model: str = MODEL
-    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
-    steps: int = 1500
-    batch_size: int = 64
     local_size: int = 48
     locals_: int = 3
+    model: str = MODEL
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    steps: int = 1500
+    batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     clip_norm: float = 1.0
     checkpoint_steps: int = 100
     seed: int = 0
