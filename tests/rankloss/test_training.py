@@ -1,11 +1,8 @@
 """The losses in a training loop: accumulation, evaluation, copies."""
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 
-import pytest
 import torch
 
 from rankloss import ClipLoss, HighOrderPLLoss
@@ -46,41 +43,7 @@ def test_evaluation_without_grad(make: Callable[[], HighOrderPLLoss]) -> None:
             assert loss.last_stats
 
 
-# ---------------------------------------------------------------- copies
-
-
-def by_state_dict(loss: HighOrderPLLoss, make: Callable[[], HighOrderPLLoss]) -> HighOrderPLLoss:
-    file = io.BytesIO()
-    torch.save(loss.state_dict(), file)
-    file.seek(0)
-    fresh = make()
-    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    return fresh
-
-
-COPIES: dict[str, Callable[..., HighOrderPLLoss]] = {
-    "state_dict": by_state_dict,
-    "deepcopy": lambda loss, _: copy.deepcopy(loss),
-    "pickle": lambda loss, _: pickle.loads(pickle.dumps(loss)),
-}
-
-
-@each_loss
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a forward"])
-def test_copies(
-    used: bool, copied: Callable[..., HighOrderPLLoss], make: Callable[[], HighOrderPLLoss]
-) -> None:
-    loss = make()
-    with torch.no_grad():
-        for p in loss.parameters():
-            p.add_(1)
-    image, text = features(9, dtype=torch.float32)
-    if used:
-        loss(image, text, 20.0).backward()
-    other = copied(loss, make)
-    assert torch.equal(other(image, text, 20.0), loss(image, text, 20.0))
-    assert other.last_stats.keys() == loss.last_stats.keys()
+# ---------------------------------------------------------------- state
 
 
 def test_state_dict_holds_parameters_and_progress() -> None:

@@ -1,9 +1,6 @@
 """The transition heads: their tables, what they learn, their initial weights, their life."""
 
 import copy
-import io
-import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -206,30 +203,6 @@ def test_weights_of_a_lower_order_load(lower: int) -> None:
         assert torch.equal(loaded[len(given) :], start.get_parameter(name)[len(given) :])
     with pytest.raises(RuntimeError, match="size mismatch"):
         small.load_state_dict(large.state_dict())
-
-
-def saved_and_loaded(heads: TransitionHeads) -> TransitionHeads:
-    file = io.BytesIO()
-    torch.save(heads.state_dict(), file)
-    file.seek(0)
-    fresh = TransitionHeads(8, 3, 4)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [saved_and_loaded, copy.deepcopy, lambda heads: pickle.loads(pickle.dumps(heads))],
-    ids=["state_dict", "deepcopy", "pickle"],
-)
-def test_copies(copied: Callable[[TransitionHeads], TransitionHeads]) -> None:
-    heads = TransitionHeads(8, 3, 4)
-    with torch.no_grad():
-        for p in heads.parameters():
-            p.normal_()
-    h = torch.randn(5, 8)
-    for a, b in zip(copied(heads)(h), heads(h), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
