@@ -3,7 +3,6 @@
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from rankloss.fusion.masks import check_tokens, masked_max, masked_mean
@@ -60,7 +59,7 @@ class SpatialPyramidPool1d(nn.Module):
             for m in self.levels
             for i in range(m)
         ]
-        return rearrange(bins, "bins b c -> b bins c")
+        return torch.stack(bins, dim=1)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, mode={self.mode!r}"

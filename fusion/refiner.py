@@ -1,7 +1,6 @@
 """A pre-norm Transformer block that lets pooled tokens see each other."""
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from rankloss.fusion.masks import check_tokens, hide_masked
@@ -53,6 +52,8 @@ class SelfAttentionRefiner(nn.Module):
         return hide_masked(tokens, mask)
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        from einops import rearrange  # here, so that `import rankloss` does without it
+
         q, k, v = rearrange(
             self.to_qkv(tokens), "b l (three h d) -> three b h l d", three=3, h=self.heads
         )
