@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.cc3m import reading_speed
 from examples.common.images import CentreCrop, Pixels, RandomCrop, View, normalise, views
 from examples.common.shards import SampleError, decode_caption
 
@@ -105,3 +107,10 @@ def test_captions_come_from_the_text_or_the_record() -> None:
     ):
         with pytest.raises(SampleError, match=kind):
             decode_caption(data, source)
+
+
+def test_the_speed_of_reading_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = reading_speed.photographs(40, 3)
+    assert reading_speed.ours(samples).shape == reading_speed.open_clips(samples).shape
+    assert reading_speed.main(["--sides", "40", "--images", "2", "--turns", "1"]) == 0
+    assert re.search(r"\| 40 \| \d+ \| \d+ \| [\d.]+ \|", capsys.readouterr().out)
