@@ -65,7 +65,7 @@ def report(told: Summary, captions: dict[str, str], folder: Path) -> str:
     asked = [question for question in QUESTIONS if by_key[question.key]]
     parts = [OPENING, _setup(told), f"**Test.** {told['test']}", _count(by_key)]
     parts.append("## Answers")
-    parts.append("\n".join(f"- {x}" for q in asked for x in _answers(q, by_key[q.key])))
+    parts.append("\n".join(f"- {_answer(q, by_key[q.key])}" for q in asked))
     costed: set[str] = set()
     for question in asked:
         parts.append(f"## {question.key.replace('-', ' ').capitalize()}\n\n{question.text}")
@@ -125,6 +125,8 @@ def verdict(metric: Metric, found: Summary) -> str:
     if not found["differs"]:
         return "no difference shown"
     up = found["mean"] > 0
+    if found.get("base") == "":
+        return "above 0" if up else "below 0"
     if metric.better == 0:
         return "higher" if up else "lower"
     return "better" if up == (metric.better > 0) else "worse"
@@ -139,20 +141,20 @@ def shown(metric: Metric, found: Summary, *, signed: bool = False, t: bool = Fal
     return f"[{text}]" if t else f"{metric.show(found['mean'], signed=signed)} [{text}]"
 
 
-def _answers(question: Question, comparisons: list[Summary]) -> Iterator[str]:
-    """Yield a sentence for each contrast, about the metric that decides."""
+def _answer(question: Question, comparisons: list[Summary]) -> str:
+    """Return the verdict on each contrast, by the metric that decides."""
     if question.key == "planted":
-        yield _planted_answer(comparisons)
-        return
+        return _planted_answer(comparisons)
     measured = {found["metric"] for found in comparisons}
     metric = METRICS[next(key for key in question.metrics if key in measured)]
+    told = []
     for found in comparisons:
         if found["metric"] == metric.key:
             against = f"{found['ours']} minus {found['base']}" if found["base"] else found["ours"]
-            yield (
-                f"{question.key}: {against}, {metric.label}: {shown(metric, found, signed=True)}, "
-                f"{found['n']} seed{'s' * (found['n'] > 1)}: **{verdict(metric, found)}**."
-            )
+            seeds = f"{found['n']} seed{'s' * (found['n'] > 1)}"
+            value = shown(metric, found, signed=True)
+            told.append(f"{against}: {value}, {seeds}, **{verdict(metric, found)}**")
+    return f"{question.key}, by {metric.label}: {'; '.join(told)}."
 
 
 def _planted_answer(comparisons: list[Summary]) -> str:
@@ -186,12 +188,25 @@ def _section(
     if any(told["rows"][name]["cost"] for name in set(rows) - costed):
         yield _costs(rows, told)
         costed.update(rows)
+    if question.shown:
+        yield _best(question, rows, told)
     if question.key == "transitions":
         yield from _by_place(rows, told)
     paired = [found for found in comparisons if found["base"]]
     if paired:
         yield _differences(paired)
         yield from _looked(question, paired)
+
+
+def _best(question: Question, rows: Sequence[str], told: Summary) -> str:
+    """Return a sentence about the best mean of each metric that has a better side."""
+    best = []
+    for metric in (METRICS[key] for key in question.metrics):
+        means = {r: told["rows"][r]["means"].get(metric.key, {}).get("mean") for r in rows}
+        known = {name: metric.better * mean for name, mean in means.items() if mean is not None}
+        if metric.better and known:
+            best.append(f"{metric.label}: {max(known, key=lambda name: known[name])}")
+    return f"Best means, whatever their intervals: {'; '.join(best)}."
 
 
 def _means(question: Question, rows: Sequence[str], told: Summary) -> str:
