@@ -77,6 +77,9 @@ def test_layout_is_that_of_img2dataset(tmp_path: Path) -> None:
         assert len(found) == count
         for sample in found:
             record = json.loads(sample["json"])
+            for thing in Scene.from_json(record["scene"]).things:  # nothing is left out
+                assert thing.colour in record["synthetic_caption"]
+                assert thing.shape in record["synthetic_caption"]
             assert record["key"] == sample["__key__"]
             assert len(record["key"]) == 9
             assert record["caption"] == sample["txt"].decode()
