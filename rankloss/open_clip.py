@@ -25,6 +25,12 @@ from rankloss.attachment import attach
 from rankloss.ranking import HighOrderPLLoss
 from rankloss.siglip_ranking import SigLipRankingLoss
 
+PASSED_ON = (
+    *("transition_dim", "top_k", "cross_modal_weight", "in_modal_weight"),
+    *("discount", "exclude_self"),
+)
+"""Arguments of the losses that are options `--rank-...` of the same names."""
+
 
 class OpenClipLoss(nn.Module):
     """A ranking loss under open_clip's calling convention, and what else its model trains for.
@@ -134,16 +140,9 @@ def build_loss(embed_dim: int, options: argparse.Namespace, args: argparse.Names
         args: open_clip's. Gradients are those of the global batch whether or not its
             `--local-loss --gather-with-grad` are given.
     """
-    keywords: dict[str, Any] = {
-        "transition_dim": options.rank_transition_dim,
-        "top_k": options.rank_top_k,
-        "cross_modal_weight": options.rank_cross_modal_weight,
-        "in_modal_weight": options.rank_in_modal_weight,
-        "discount": options.rank_discount,
-        "exclude_self": options.rank_exclude_self,
-        "share_transitions": not options.rank_separate_transitions,
-        "accum_freq": args.accum_freq,
-    }
+    keywords: dict[str, Any] = {name: getattr(options, f"rank_{name}") for name in PASSED_ON}
+    keywords["share_transitions"] = not options.rank_separate_transitions
+    keywords["accum_freq"] = args.accum_freq
     if args.siglip:
         return SigLipRankingLoss(embed_dim, options.rank_order, **keywords)
     if "coca" in args.model.lower():
