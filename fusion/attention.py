@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rankloss.fusion.masks import check_tokens, hide_masked, masked_max, masked_mean
+from rankloss.fusion.masks import Mask, check_tokens, hide_masked, masked_max, masked_mean
 
 
 class ChannelSpatialAttention(nn.Module):
@@ -39,7 +39,7 @@ class ChannelSpatialAttention(nn.Module):
         self.channel = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         self.spatial = nn.Conv1d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
         """Gate tokens (B, L, C); masked ones count for no gate and come out as 0.
 
         Raises:

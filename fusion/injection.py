@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankloss.fusion.attention import ChannelSpatialAttention
 from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
-from rankloss.fusion.masks import check_tokens, masked_mean
+from rankloss.fusion.masks import Mask, check_tokens, masked_mean
 from rankloss.fusion.precision import can_read, full_dtype, without_autocast
 from rankloss.fusion.pyramid import SpatialPyramidPool1d
 from rankloss.fusion.refiner import SelfAttentionRefiner
@@ -103,11 +103,7 @@ class MultiScaleFusion(nn.Module):
         nn.init.zeros_(self.to_residual.bias)
 
     def forward(
-        self,
-        embedding: Tensor,
-        features: Tensor,
-        partner: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, embedding: Tensor, features: Tensor, partner: Tensor | None = None, mask: Mask = None
     ) -> FusionOutput:
         """Inject features into embeddings.
 
@@ -169,7 +165,7 @@ class MultiScaleFusion(nn.Module):
                     stacklevel=3,
                 )
 
-    def residual(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+    def residual(self, features: Tensor, mask: Mask = None) -> Tensor:
         """Compute the residual r, (B, embed_dim), from tokens (B, L, feature_dim)."""
         tokens = features
         if self.pyramid is not None:
@@ -236,7 +232,7 @@ class Injection(nn.Module):
         text_embedding: Tensor,
         image_features: Tensor | None = None,
         text_features: Tensor | None = None,
-        text_mask: Tensor | None = None,
+        text_mask: Mask = None,
     ) -> DualFusion:
         """Inject each tower's features, with the other tower's embedding as partner.
 

@@ -7,8 +7,11 @@ there, in the forward and in the backward pass.
 import torch
 from torch import Tensor
 
+Mask = Tensor | None
+"""Bool, False for what is left out; None leaves nothing out."""
 
-def check_mask(operation: str, name: str, mask: Tensor | None, beside: Tensor) -> None:
+
+def check_mask(operation: str, name: str, mask: Mask, beside: Tensor) -> None:
     """Raise unless the mask is None or (B, L) bool beside a tensor (B, L, ...).
 
     Raises:
@@ -28,7 +31,7 @@ def check_mask(operation: str, name: str, mask: Tensor | None, beside: Tensor) -
         )
 
 
-def check_tokens(operation: str, tokens: Tensor, dim: int | None, mask: Tensor | None) -> None:
+def check_tokens(operation: str, tokens: Tensor, dim: int | None, mask: Mask) -> None:
     """Raise unless tokens are (B, L, dim) floating and mask, if any, (B, L) bool beside them."""
     if tokens.dim() != 3 or (dim is not None and tokens.shape[2] != dim):
         width = "C" if dim is None else str(dim)
@@ -40,12 +43,12 @@ def check_tokens(operation: str, tokens: Tensor, dim: int | None, mask: Tensor |
     check_mask(operation, "mask", mask, tokens)
 
 
-def hide_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def hide_masked(tokens: Tensor, mask: Mask) -> Tensor:
     """Replace masked tokens of (B, L, C) by 0; they get no gradient."""
     return tokens if mask is None else tokens.masked_fill(~mask[:, :, None], 0.0)
 
 
-def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(tokens: Tensor, mask: Mask) -> Tensor:
     """Average (B, L, C) over real tokens to (B, C); 0 where there are none."""
     if mask is None:
         return tokens.mean(1)
@@ -53,7 +56,7 @@ def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return hide_masked(tokens, mask).sum(1) / count
 
 
-def masked_max(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def masked_max(tokens: Tensor, mask: Mask) -> Tensor:
     """Take the largest of (B, L, C) over real tokens, (B, C); 0 where there are none."""
     if mask is None:
         return tokens.amax(1)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rankloss.fusion.masks import check_tokens, masked_max, masked_mean
+from rankloss.fusion.masks import Mask, check_tokens, masked_max, masked_mean
 
 PoolMode = Literal["mean", "max"]
 
@@ -39,7 +39,7 @@ class SpatialPyramidPool1d(nn.Module):
             raise ValueError(f"unknown mode {mode!r}; choose one of {list(get_args(PoolMode))}")
         self.levels, self.mode = tuple(levels), mode
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
         """Pool tokens (B, L, C) into (B, sum(levels), C), same dtype.
 
         With a mask (B, L) bool, bins divide each sample's real tokens only, as if the others were

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss.fusion.masks import check_tokens, hide_masked
+from rankloss.fusion.masks import Mask, check_tokens, hide_masked
 
 
 class SelfAttentionRefiner(nn.Module):
@@ -39,7 +39,7 @@ class SelfAttentionRefiner(nn.Module):
         hidden = max(1, round(mlp_ratio * dim))
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
         """Refine tokens (B, L, C); masked ones are attended by none, and come out as 0.
 
         Raises:
@@ -51,7 +51,7 @@ class SelfAttentionRefiner(nn.Module):
         tokens = tokens + self.mlp(self.norm_mlp(tokens))
         return hide_masked(tokens, mask)
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, tokens: Tensor, mask: Mask) -> Tensor:
         from einops import rearrange  # here, so that `import rankloss` does without it
 
         q, k, v = rearrange(

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rankloss import kernels
 from rankloss.checks import check_mask, check_option
+from rankloss.fusion.masks import Mask
 from rankloss.options import Reduction
 from rankloss.plackett_luce import rankings
 
@@ -69,11 +70,7 @@ class PlackettLuceLoss(nn.Module):
         self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        mask: Tensor | None = None,
-        list_weights: Tensor | None = None,
+        self, scores: Tensor, labels: Tensor, mask: Mask = None, list_weights: Tensor | None = None
     ) -> Tensor:
         """Return the loss of a batch of lists; 0 for lists that leave nothing to rank.
 
@@ -223,9 +220,7 @@ def _nodes(like: Tensor, ties: int) -> Tensor:
     return torch.arange(low, high, step, dtype=like.dtype, device=like.device)
 
 
-def _check(
-    scores: Tensor, labels: Tensor, mask: Tensor | None, list_weights: Tensor | None
-) -> None:
+def _check(scores: Tensor, labels: Tensor, mask: Mask, list_weights: Tensor | None) -> None:
     if not scores.is_floating_point():
         raise TypeError(f"PlackettLuceLoss: scores must be floating point, got {scores.dtype}")
     if scores.dim() != 2 or labels.shape != scores.shape:

@@ -22,24 +22,24 @@ class ObjectiveSettings:
 
     Args:
         koleo_weight: weight of the sum over global crops, within groups of `koleo_group` samples.
+        momentum: that of the teacher's moving average at the start; it ends at 1.
+        prototypes: number of them in both heads.
         teacher_temperatures: before and after the warm-up, which lasts `temperature_warmup`.
         gram_weight: weight of the mean-form Gram loss, from `gram_start` on; no anchor before.
         gram_start, gram_every, gram_refreshes: when the anchor is first taken from the
             moving-average teacher, how often it is taken again, and how many times in all.
-        momentum: that of the teacher's moving average at the start; it ends at 1.
-        prototypes: number of them in both heads.
     """
 
     koleo_weight: float = 0.1
     koleo_group: int = 16
+    momentum: float = 0.99
+    prototypes: int = 512
     teacher_temperatures: tuple[float, float] = (0.04, 0.07)
     temperature_warmup: float = 0.3
     gram_weight: float = 2.0
     gram_start: float = 0.6
     gram_every: float = 0.1
     gram_refreshes: int = 3
-    momentum: float = 0.99
-    prototypes: int = 512
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,8 @@ class DinoText(nn.Module):
         context_length: int = CONTEXT_LENGTH,
     ) -> None:
         super().__init__()
-        self.teacher = teacher
-        self.text = TextTransformer(
-            context_length=context_length,
-            width=width,
-            layers=layers,
-            heads=heads,
-            output_dim=2 * teacher.dim,
-        )
+        sizes = {"width": width, "layers": layers, "heads": heads, "output_dim": 2 * teacher.dim}
+        self.teacher, self.text = teacher, TextTransformer(context_length=context_length, **sizes)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:

@@ -11,6 +11,7 @@ from rankloss import kernels
 from rankloss.checks import check_option
 from rankloss.distillation.pairs import check_pair, full_precision
 from rankloss.distributed import HoldsProcessGroup, gather_with_gradient, rank_and_world_size
+from rankloss.fusion.masks import Mask
 from rankloss.kernels.launch import outside_autocast
 
 Level = Literal["image", "batch"]
@@ -114,7 +115,7 @@ class GramLoss(HoldsProcessGroup, nn.Module):
         self,
         student: Tensor,
         teacher: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         *,
         student_grid: Grid | None = None,
         teacher_grid: Grid | None = None,
@@ -158,7 +159,7 @@ class GramLoss(HoldsProcessGroup, nn.Module):
             return total / kept.square().clamp(min=1)
 
     def _global_tokens(
-        self, student: Tensor, teacher: Tensor, mask: Tensor | None
+        self, student: Tensor, teacher: Tensor, mask: Mask
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gather (n, Ds) and (n, Dt) tokens of all processes, and count those that are kept."""
         kept = student.new_full((1,), len(student)) if mask is None else mask.sum()[None]
@@ -173,14 +174,14 @@ class GramLoss(HoldsProcessGroup, nn.Module):
         return f"level={self.level!r}, negatives={self.negatives!r}, max_tokens={self.max_tokens}"
 
 
-def _pairs_of_images(tokens: Tensor, mask: Tensor | None) -> Tensor | int:
+def _pairs_of_images(tokens: Tensor, mask: Mask) -> Tensor | int:
     """Count the pairs of kept tokens that share an image, at least 1."""
     if mask is None:
         return max(tokens.shape[0] * tokens.shape[1] ** 2, 1)
     return mask.sum(1).to(tokens.dtype).square().sum().clamp(min=1)
 
 
-def _check_token_mask(student: Tensor, mask: Tensor | None) -> None:
+def _check_token_mask(student: Tensor, mask: Mask) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool:
