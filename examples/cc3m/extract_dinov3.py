@@ -6,7 +6,7 @@
 
     torchrun --nproc_per_node 8 -m examples.cc3m.extract_dinov3 ...        # each takes its shards
 
-Writes <folder of the shards>/features (see examples/cc3m/features.py, which also reads them back),
+Writes <folder of the shards>/features (examples/cc3m/data/features.py also reads them back),
 after saying how much disk that takes. Kill it at any moment: the same command goes on after the
 last whole shard, also with another number of processes, and writes the same bytes.
 """
@@ -28,9 +28,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.cc3m.features import FORMAT, FeatureFolder
-from examples.cc3m.quantised import DTYPES, bytes_of_image
-from examples.cc3m.teacher import PRECISIONS, Extractor, fit_pca, load_pca, load_teacher
+from examples.cc3m.data.features import FORMAT, FeatureFolder
+from examples.cc3m.data.quantised import DTYPES, bytes_of_image
+from examples.cc3m.data.teacher import PRECISIONS, Extractor, fit_pca, load_pca, load_teacher
 from examples.common.files import UserError, claim_directory, locked, write_atomically, write_json
 from examples.common.parallel import Parallel, running
 from examples.common.shards import Failures, count_samples, expand_shards, read_shard, unusable

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.cc3m.data.quantised import DTYPES, bytes_of_image, pack, unpack
+from examples.cc3m.data.teacher import Extractor, load_teacher, sample_images
 from examples.cc3m.extract_dinov3 import parse
-from examples.cc3m.quantised import DTYPES, bytes_of_image, pack, unpack
-from examples.cc3m.teacher import Extractor, load_teacher, sample_images
 from examples.common.files import UserError, write_json
 from examples.common.parallel import running
 from examples.common.shards import Failures, expand_shards

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.cc3m.batch import Batch, on_device
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.data.batch import Batch, on_device
+from examples.cc3m.data.loader import ShardLoader
+from examples.cc3m.data.positions import Position
 from examples.cc3m.monitor import Clock, CollectiveTime, peak_memory
-from examples.cc3m.positions import Position
 from examples.cc3m.resume import Progress, SavedRun, check_equal, weights_checksum
 from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import NotFinite, TrainStep, whole

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from examples.cc3m.loader import ShardLoader
-from examples.cc3m.positions import Position
+from examples.cc3m.data.loader import ShardLoader
+from examples.cc3m.data.positions import Position
 from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import TrainStep
 from examples.common.checkpoint import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from examples.cc3m.batch import Batch
+from examples.cc3m.data.batch import Batch
 from examples.cc3m.monitor import Clock, Stamp
 from examples.cc3m.settings import DTYPES, TrainSettings
 from examples.common.checkpoint import (

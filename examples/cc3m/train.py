@@ -45,8 +45,7 @@ import yaml
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from examples.cc3m.evaluation import Evaluator
-from examples.cc3m.inputs import (
+from examples.cc3m.data.inputs import (
     find_evaluation,
     local_world_size,
     open_features,
@@ -55,6 +54,7 @@ from examples.cc3m.inputs import (
     told_roofline,
     told_shared_memory,
 )
+from examples.cc3m.evaluation import Evaluator
 from examples.cc3m.loop import Trainer
 from examples.cc3m.model import export, load_whole, prepare
 from examples.cc3m.monitor import RunLog, import_wandb, save_curves

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from examples.cc3m.data.features import FeatureReader
 from examples.cc3m.extract_dinov3 import extract, parse
-from examples.cc3m.features import FeatureReader
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from examples.cc3m import gram_fidelity, teacher
+from examples.cc3m import gram_fidelity
+from examples.cc3m.data import teacher
+from examples.cc3m.data.features import FeatureReader
+from examples.cc3m.data.quantised import bytes_of_image, pack, to_half, unpack
+from examples.cc3m.data.teacher import sample_images
 from examples.cc3m.extract_dinov3 import main
-from examples.cc3m.features import FeatureReader
-from examples.cc3m.quantised import bytes_of_image, pack, to_half, unpack
-from examples.cc3m.teacher import sample_images
 from examples.common.files import UserError, locked, read_json
 from examples.common.shards import Failures, count_samples, read_shard
 from rankloss.fusion.pca import TokenPCA

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.data.loader import ShardLoader
+from examples.cc3m.data.positions import Position, ShardOrder
 from examples.cc3m.monitor import peak_memory
-from examples.cc3m.positions import Position, ShardOrder
 from examples.common.files import UserError
 from examples.common.images import MOST_PIXELS, decode_image
 from examples.common.shards import (
@@ -370,7 +370,7 @@ def test_faults_after_the_last_batch_are_reported(tmp_path: Path) -> None:
 def test_above_a_share_the_run_stops_and_says_what_was_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("examples.cc3m.loader.FREE_FAILURES", 0)
+    monkeypatch.setattr("examples.cc3m.data.loader.FREE_FAILURES", 0)
     files = [f for i in range(10) for f in sample(f"{i}", text=b"" if i in (4, 6) else b"x")]
     files += [*sample("x", b"")]
     path = write_tar(tmp_path / "0.tar", files)

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
-from examples.cc3m import inputs, loader
+from examples.cc3m.data import inputs, loader
+from examples.cc3m.data.inputs import (
+    find_evaluation,
+    open_loader,
+    told_roofline,
+    told_shared_memory,
+)
 from examples.cc3m.evaluation import Evaluator
-from examples.cc3m.inputs import find_evaluation, open_loader, told_roofline, told_shared_memory
 from examples.cc3m.recipe import build_tokenizer, build_transform, load_recipe
 from examples.cc3m.settings import EvaluationSettings, RunSettings
 from examples.common.parallel import Parallel

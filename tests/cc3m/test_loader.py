@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m.batch import Batch
-from examples.cc3m.loader import ShardLoader
-from examples.cc3m.positions import Position
+from examples.cc3m.data.batch import Batch
+from examples.cc3m.data.loader import ShardLoader
+from examples.cc3m.data.positions import Position
 from examples.common.files import UserError
 from examples.common.shards import count_samples, expand_shards
 from tests.helpers.shards import Whole
@@ -190,7 +190,7 @@ def test_broken_samples_do_not_disturb_resuming(tmp_path: Path) -> None:
 def test_too_many_broken_samples_stop_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("examples.cc3m.loader.FREE_FAILURES", 1)
+    monkeypatch.setattr("examples.cc3m.data.loader.FREE_FAILURES", 1)
     path = tmp_path / "00000.tar"
     write_shard(path, 0, lambda i: "image" if i in (2, 4, 5) else "")
     with pytest.raises(UserError, match=r"3 of 7 samples .*\(3 broken image\).*max_broken"):

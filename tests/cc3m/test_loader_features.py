@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from examples.cc3m import extract_dinov3, recipe, teacher
-from examples.cc3m.batch import Batch
-from examples.cc3m.features import FORMAT, FeatureFolder, FeatureReader
-from examples.cc3m.loader import ShardLoader
-from examples.cc3m.positions import Position
+from examples.cc3m import extract_dinov3, recipe
+from examples.cc3m.data import teacher
+from examples.cc3m.data.batch import Batch
+from examples.cc3m.data.features import FORMAT, FeatureFolder, FeatureReader
+from examples.cc3m.data.loader import ShardLoader
+from examples.cc3m.data.positions import Position
 from examples.cc3m.settings import parse
 from examples.cc3m.train import Run
 from examples.common.files import UserError, write_json

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from examples.cc3m.batch import Batch
-from examples.cc3m.features import Features
+from examples.cc3m.data.batch import Batch
+from examples.cc3m.data.features import Features
+from examples.cc3m.data.positions import Position, ShardOrder
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
-from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import Gradients

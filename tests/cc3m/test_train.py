@@ -215,7 +215,7 @@ def test_another_number_of_processes_goes_on_with_the_samples_that_are_left(
     note = (
         ACT
         + """
-from examples.cc3m.positions import Position
+from examples.cc3m.data.positions import Position
 after = Position.after
 def noting(self, batch, streams):
     with open("keys.txt", "a") as file:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.cc3m.batch import Batch
+from examples.cc3m.data.batch import Batch
+from examples.cc3m.data.positions import Position, ShardOrder
 from examples.cc3m.loop import Trainer
-from examples.cc3m.positions import Position, ShardOrder
 from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import MAX_SCALE, NotFinite, learning_rate, parameter_groups
 from examples.common.checkpoint import Checkpoints, load_tensors, save_tensors, whole_state

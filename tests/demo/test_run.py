@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.cc3m.batch import Batch
+from examples.cc3m.data.batch import Batch
 from examples.cc3m.loop import Trainer
 from examples.cc3m.recipe import load_recipe
 from examples.common.files import UserError

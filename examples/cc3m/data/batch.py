@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from examples.cc3m.features import Features
-from examples.cc3m.positions import Origin
+from examples.cc3m.data.features import Features
+from examples.cc3m.data.positions import Origin
 from examples.common.images import normalise
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from examples.cc3m.batch import Batch
+    from examples.cc3m.data.batch import Batch
 
 Origin = tuple[int, int]
 """Number of a shard, and the place of a sample in it."""

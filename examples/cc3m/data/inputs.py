@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.cc3m.features import FeatureReader
-from examples.cc3m.loader import ShardLoader
+from examples.cc3m.data.features import FeatureReader
+from examples.cc3m.data.loader import ShardLoader
 from examples.cc3m.recipe import Recipe, build_tokenizer
 from examples.cc3m.settings import EvaluationSettings, RunSettings
 from examples.common.files import UserError

@@ -26,7 +26,7 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from examples.cc3m.quantised import CLS, Array, pack, suffixes, to_half, to_npy, unpack
+from examples.cc3m.data.quantised import CLS, Array, pack, suffixes, to_half, to_npy, unpack
 from examples.common.files import UserError, read_json, write_atomically, write_json
 
 FORMAT = 2

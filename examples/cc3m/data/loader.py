@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from examples.cc3m.batch import Batch
-from examples.cc3m.features import FeatureReader, Features
-from examples.cc3m.positions import Origin, Position, ShardOrder, Unit
+from examples.cc3m.data.batch import Batch
+from examples.cc3m.data.features import FeatureReader, Features
+from examples.cc3m.data.positions import Origin, Position, ShardOrder, Unit
 from examples.common.files import UserError
 from examples.common.images import Box, Crop, Grid, cut_grid, views
 from examples.common.parallel import seeded
