@@ -3,7 +3,7 @@
     python -m examples.cc3m.reading_speed --sides 256 500 1024
 
 Two photographs (scikit-learn's) as JPEG of quality 90, their shorter side as told, become a batch:
-of float32 by open_clip's transform for training, and of uint8 as `examples.cc3m.data.loader` makes it.
+of float32 by open_clip's transform for training, and of uint8 as the script's loader makes it.
 Both take turns; what is printed are medians of CPU time, and of the turns' ratios.
 """
 
