@@ -51,6 +51,7 @@ class ITOLoss(PairLoss):
         other_text_features: (n, D) unit-norm, of other captions of the same images, or None.
         fused_features, other_fused_features: (n, D') unit-norm, from `ITOFusion`, of the first and
             of the other view; not used if fusion_weight is 0.
+
     Samples that share an id are positives of each other in both terms (this project's choice).
 
     Raises:
