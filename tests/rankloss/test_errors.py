@@ -31,106 +31,74 @@ def ids(*rows: list[int]) -> Tensor:
     return torch.tensor(rows)
 
 
-LIKELIHOOD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "integer scores": ({"scores": SCORES.long()}, TypeError, "scores must be floating point, got"),
-    "scores of rank 1": (
-        {"scores": SCORES[0], "ranking": RANKING[0]},
-        ValueError,
-        "scores must be (N, M), got (4,)",
-    ),
-    "scores of rank 3": ({"scores": SCORES[None]}, ValueError, "scores must be (N, M), got (1, 2"),
-    "ranking of rank 1": ({"ranking": RANKING[0]}, ValueError, "ranking must be (N=2, K) with 1"),
-    "other N": ({"ranking": RANKING[:1]}, ValueError, "ranking must be (N=2, K)"),
-    "K > M": (
-        {"ranking": ids([0, 1, 2, 3, 0], [0, 1, 2, 3, 0])},
-        ValueError,
-        "1 <= K <= M=4 for scores (2, 4), got (2, 5)",
-    ),
-    "K = 0": ({"ranking": RANKING[:, :0]}, ValueError, "1 <= K <= M=4"),
-    "floating ranking": ({"ranking": RANKING.float()}, TypeError, "must hold integer ids, got"),
-    "bool ranking": ({"ranking": RANKING.bool()}, TypeError, "integer ids, got torch.bool"),
-    "complex ranking": ({"ranking": RANKING.to(torch.cfloat)}, TypeError, "integer ids"),
-    "id too large": ({"ranking": ids([0, 1], [2, 4])}, ValueError, "holds id 4, outside [0, M=4)"),
-    "negative id": ({"ranking": ids([0, -1], [2, 3])}, ValueError, "holds id -1, outside [0, M=4)"),
-    "repeated id": (
-        {"ranking": ids([0, 1], [2, 2])},
-        ValueError,
-        "row 1 of ranking holds candidate 2 more than once",
-    ),
-    "ranking elsewhere": (
-        {"ranking": RANKING.to("meta")},
-        ValueError,
-        "scores are on cpu but ranking on meta; move them to one device",
-    ),
-    "keys of rank 2": (
-        {"transitions": Transitions(TABLES[0], TABLES[1][0])},
-        ValueError,
-        "transitions.keys must be (R-1, M=4, r) with R >= 2, got (4, 5)",
-    ),
-    "keys for other M": (
-        {"transitions": Transitions(TABLES[0][:, :3], TABLES[1][:, :3])},
-        ValueError,
-        "transitions.keys must be (R-1, M=4, r)",
-    ),
-    "no keys": (
-        {"transitions": Transitions(TABLES[0][:0], TABLES[1][:0])},
-        ValueError,
-        "pass transitions=None for order 1",
-    ),
-    "too few predecessors": (
-        {"transitions": Transitions(TABLES[0].expand(2, 4, 5), TABLES[1].expand(2, 4, 5))},
-        ValueError,
-        "transitions.predecessors must be (R(R-1)/2, M, r) = (3, 4, 5) for keys (2, 4, 5), got (2",
-    ),
-    "predecessors of other width": (
-        {"transitions": Transitions(TABLES[0][..., :4], TABLES[1])},
-        ValueError,
-        "= (1, 4, 5) for keys (1, 4, 5), got (1, 4, 4)",
-    ),
-    "predecessors for other M": (
-        {"transitions": Transitions(TABLES[0][:, :3], TABLES[1])},
-        ValueError,
-        "got (1, 3, 5)",
-    ),
-    "integer tables": (
-        {"transitions": Transitions(TABLES[0], TABLES[1].long())},
-        TypeError,
-        "transitions.keys must be floating point, got torch.int64",
-    ),
-    "tables elsewhere": (
-        {"transitions": Transitions(TABLES[0].to("meta"), TABLES[1])},
-        ValueError,
-        "scores are on cpu but transitions.predecessors on meta",
-    ),
-    "mask of numbers": ({"mask": torch.ones(2, 4)}, TypeError, "mask must be bool (True keeps)"),
-    "mask of other shape": (
-        {"mask": torch.ones(2, 3, dtype=torch.bool)},
-        ValueError,
-        "mask must be (N, M) = (2, 4) or (M,), got (2, 3)",
-    ),
-    "mask of anchors": ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, "or (M,), got (2,)"),
-    "mask elsewhere": (
-        {"mask": torch.ones(4, dtype=torch.bool, device="meta")},
-        ValueError,
-        "scores are on cpu but mask on meta",
-    ),
-    "unknown discount": (
-        {"discount": "dcg"},
-        ValueError,
-        "unknown discount 'dcg'; choose one of ['none', 'log']",
-    ),
-    "unknown reduction": (
-        {"reduction": "max"},
-        ValueError,
-        "unknown reduction 'max'; choose one of ['mean', 'sum', 'none']",
-    ),
-    "unknown impl": ({"impl": "cuda"}, ValueError, "unknown impl 'cuda'; choose 'auto' or one of"),
-    "NaN score": ({"scores": NAN, "validate": True}, ValueError, "scores[1, 2] is nan"),
-    "infinite score": ({"scores": INF, "validate": True}, ValueError, "scores[0, 3] is -inf"),
+def each(table: dict[type[Exception], dict[str, dict[str, Any]]]) -> pytest.MarkDecorator:
+    """Parametrise over what is told, the kind of error, and the arguments that are bad."""
+    rows = [(text, error, bad) for error, rows in table.items() for text, bad in rows.items()]
+    return pytest.mark.parametrize(("text", "error", "bad"), rows, ids=[row[0] for row in rows])
+
+
+LIKELIHOOD: dict[type[Exception], dict[str, dict[str, Any]]] = {
+    TypeError: {
+        "scores must be floating point, got": {"scores": SCORES.long()},
+        "must hold integer ids, got": {"ranking": RANKING.float()},
+        "integer ids, got torch.bool": {"ranking": RANKING.bool()},
+        "integer ids": {"ranking": RANKING.to(torch.cfloat)},
+        "transitions.keys must be floating point, got torch.int64": {
+            "transitions": Transitions(TABLES[0], TABLES[1].long())
+        },
+        "mask must be bool (True keeps)": {"mask": torch.ones(2, 4)},
+    },
+    ValueError: {
+        "scores must be (N, M), got (4,)": {"scores": SCORES[0], "ranking": RANKING[0]},
+        "scores must be (N, M), got (1, 2": {"scores": SCORES[None]},
+        "ranking must be (N=2, K) with 1": {"ranking": RANKING[0]},
+        "ranking must be (N=2, K)": {"ranking": RANKING[:1]},
+        "1 <= K <= M=4 for scores (2, 4), got (2, 5)": {
+            "ranking": ids([0, 1, 2, 3, 0], [0, 1, 2, 3, 0])
+        },
+        "1 <= K <= M=4": {"ranking": RANKING[:, :0]},
+        "holds id 4, outside [0, M=4)": {"ranking": ids([0, 1], [2, 4])},
+        "holds id -1, outside [0, M=4)": {"ranking": ids([0, -1], [2, 3])},
+        "row 1 of ranking holds candidate 2 more than once": {"ranking": ids([0, 1], [2, 2])},
+        "scores are on cpu but ranking on meta; move them to one device": {
+            "ranking": RANKING.to("meta")
+        },
+        "transitions.keys must be (R-1, M=4, r) with R >= 2, got (4, 5)": {
+            "transitions": Transitions(TABLES[0], TABLES[1][0])
+        },
+        "transitions.keys must be (R-1, M=4, r)": {
+            "transitions": Transitions(TABLES[0][:, :3], TABLES[1][:, :3])
+        },
+        "pass transitions=None for order 1": {
+            "transitions": Transitions(TABLES[0][:0], TABLES[1][:0])
+        },
+        "transitions.predecessors must be (R(R-1)/2, M, r) = (3, 4, 5) for keys (2, 4, 5), got": {
+            "transitions": Transitions(TABLES[0].expand(2, 4, 5), TABLES[1].expand(2, 4, 5))
+        },
+        "= (1, 4, 5) for keys (1, 4, 5), got (1, 4, 4)": {
+            "transitions": Transitions(TABLES[0][..., :4], TABLES[1])
+        },
+        "got (1, 3, 5)": {"transitions": Transitions(TABLES[0][:, :3], TABLES[1])},
+        "scores are on cpu but transitions.predecessors on meta": {
+            "transitions": Transitions(TABLES[0].to("meta"), TABLES[1])
+        },
+        "mask must be (N, M) = (2, 4) or (M,), got (2, 3)": {
+            "mask": torch.ones(2, 3, dtype=torch.bool)
+        },
+        "or (M,), got (2,)": {"mask": torch.ones(2, dtype=torch.bool)},
+        "scores are on cpu but mask on meta": {
+            "mask": torch.ones(4, dtype=torch.bool, device="meta")
+        },
+        "unknown discount 'dcg'; choose one of ['none', 'log']": {"discount": "dcg"},
+        "unknown reduction 'max'; choose one of ['mean', 'sum', 'none']": {"reduction": "max"},
+        "unknown impl 'cuda'; choose 'auto' or one of": {"impl": "cuda"},
+        "scores[1, 2] is nan": {"scores": NAN, "validate": True},
+        "scores[0, 3] is -inf": {"scores": INF, "validate": True},
+    },
 }
 
 
-@pytest.mark.parametrize(("bad", "error", "text"), LIKELIHOOD.values(), ids=LIKELIHOOD.keys())
+@each(LIKELIHOOD)
 def test_likelihood(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     good: dict[str, Any] = {"scores": SCORES, "ranking": RANKING}
     plackett_luce_nll(**good)
@@ -266,69 +234,43 @@ def test_a_loss_left_on_another_device() -> None:
 
 
 IMAGE, TEXT = features(3, grad=False)
-FEATURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "integer features": (
-        {"image_features": IMAGE.long()},
-        TypeError,
-        "features must be floating point, got torch.int64 and torch.float64",
-    ),
-    "rank 1": ({"image_features": IMAGE[0]}, ValueError, "features must both be (n, D)"),
-    "rank 3": (
-        {"image_features": IMAGE[None], "text_features": TEXT[None]},
-        ValueError,
-        "features must both be (n, D), one row a pair; got image_features (1, 3, 8)",
-    ),
-    "other n": (
-        {"text_features": TEXT[:2]},
-        ValueError,
-        "got image_features (3, 8) and text_features (2, 8)",
-    ),
-    "other D": ({"text_features": TEXT[:, :7]}, ValueError, "and text_features (3, 7)"),
-    "D of another loss": (
-        {"image_features": IMAGE[:, :7], "text_features": TEXT[:, :7]},
-        ValueError,
-        "loss was built with embed_dim=8, got image_features (3, 7)",
-    ),
-    "text elsewhere": (
-        {"text_features": TEXT.to("meta")},
-        ValueError,
-        "image_features are on cpu but text_features on meta; move them to one device",
-    ),
-    "scale of two": (
-        {"logit_scale": torch.ones(2)},
-        ValueError,
-        "logit_scale must be 0-D or (1,) on cpu, got (2,) on cpu",
-    ),
-    "scale elsewhere": (
-        {"logit_scale": torch.ones((), device="meta")},
-        ValueError,
-        "logit_scale must be 0-D or (1,) on cpu, got () on meta",
-    ),
-    "bias of two": ({"logit_bias": torch.ones(2)}, ValueError, "logit_bias must be 0-D or (1,)"),
-    "floating ids": (
-        {"image_ids": torch.ones(3)},
-        TypeError,
-        "image_ids must be integers, got torch.float32",
-    ),
-    "bool ids": (
-        {"text_ids": torch.ones(3, dtype=torch.bool)},
-        TypeError,
-        "text_ids must be integers, got torch.bool",
-    ),
-    "too few ids": (
-        {"text_ids": torch.arange(2)},
-        ValueError,
-        "text_ids must be (3,) on cpu, got (2,) on cpu",
-    ),
-    "ids elsewhere": (
-        {"image_ids": torch.arange(3, device="meta")},
-        ValueError,
-        "image_ids must be (3,) on cpu, got (3,) on meta",
-    ),
+FEATURES: dict[type[Exception], dict[str, dict[str, Any]]] = {
+    TypeError: {
+        "features must be floating point, got torch.int64 and torch.float64": {
+            "image_features": IMAGE.long()
+        },
+        "image_ids must be integers, got torch.float32": {"image_ids": torch.ones(3)},
+        "text_ids must be integers, got torch.bool": {"text_ids": torch.ones(3, dtype=torch.bool)},
+    },
+    ValueError: {
+        "features must both be (n, D)": {"image_features": IMAGE[0]},
+        "features must both be (n, D), one row a pair; got image_features (1, 3, 8)": {
+            "image_features": IMAGE[None],
+            "text_features": TEXT[None],
+        },
+        "got image_features (3, 8) and text_features (2, 8)": {"text_features": TEXT[:2]},
+        "and text_features (3, 7)": {"text_features": TEXT[:, :7]},
+        "loss was built with embed_dim=8, got image_features (3, 7)": {
+            "image_features": IMAGE[:, :7],
+            "text_features": TEXT[:, :7],
+        },
+        "image_features are on cpu but text_features on meta; move them to one device": {
+            "text_features": TEXT.to("meta")
+        },
+        "logit_scale must be 0-D or (1,) on cpu, got (2,) on cpu": {"logit_scale": torch.ones(2)},
+        "logit_scale must be 0-D or (1,) on cpu, got () on meta": {
+            "logit_scale": torch.ones((), device="meta")
+        },
+        "logit_bias must be 0-D or (1,)": {"logit_bias": torch.ones(2)},
+        "text_ids must be (3,) on cpu, got (2,) on cpu": {"text_ids": torch.arange(2)},
+        "image_ids must be (3,) on cpu, got (3,) on meta": {
+            "image_ids": torch.arange(3, device="meta")
+        },
+    },
 }
 
 
-@pytest.mark.parametrize(("bad", "error", "text"), FEATURES.values(), ids=FEATURES.keys())
+@each(FEATURES)
 def test_features(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     good: dict[str, Any] = {"image_features": IMAGE, "text_features": TEXT, "logit_scale": 10.0}
     loss = HighOrderPLLoss(8, 2).double()
