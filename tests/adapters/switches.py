@@ -5,9 +5,9 @@
 
 For each page of docs/codebases: clone the checkout, make an environment, run the README's way to
 install without extras and its self-check, then the commands of the page, and last the page's
-Python blocks as one file, `train.py`. Commands run as they are written, but for the sizes below: this is about steps
-that fail and time that they take, not about training. What is not committed is not tested. Each
-environment is deleted before the next is made: 6 GB of disk are enough.
+Python blocks as one file, `train.py`. Commands run as they are written, but for the sizes below:
+this is about steps that fail and time that they take, not about training. What is not committed is
+not tested. Each environment is deleted before the next is made: 6 GB of disk are enough.
 """
 
 import argparse
