@@ -10,13 +10,16 @@ any other name takes that one or raises an error saying why it cannot run here.
 
 from rankloss.kernels.dispatch import IMPLEMENTATIONS, check_impl, choose, why_not
 from rankloss.kernels.gram_distance import gram_distance
-from rankloss.kernels.plackett_luce import plackett_luce
+from rankloss.kernels.plackett_luce import plackett_luce, total_and_gradients
+from rankloss.kernels.signature import Lists
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Lists",
     "check_impl",
     "choose",
     "gram_distance",
     "plackett_luce",
+    "total_and_gradients",
     "why_not",
 ]

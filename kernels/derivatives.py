@@ -57,7 +57,7 @@ class Scaled(Refusing):
     @staticmethod
     def forward(grad: Tensor, gradient: Tensor, link: Tensor) -> Tensor:
         missing = gradient.dim() - grad.dim()
-        return (grad.view(*grad.shape, *(1,) * missing) * gradient).to(link.dtype)
+        return (grad.reshape(grad.shape + (1,) * missing) * gradient).to(link.dtype)
 
 
 def link_to(tensor: Tensor) -> Tensor:

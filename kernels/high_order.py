@@ -51,6 +51,7 @@ def prepare_kernel(
     Q,  # out (chunk, places_padded, W) products of predecessor rows
     C,  # out (chunk, P, W) keys
     S,  # out (chunk, P) scores in binary orders
+    places,  # out (chunk, M) int32 position in the list, at the list's candidates; PLACES
     first,  # anchor at which the chunk starts
     listing_first,  # row of `listing` at which it starts
     K,
@@ -63,6 +64,7 @@ def prepare_kernel(
     W: tl.constexpr,
     BW: tl.constexpr,
     BP: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """Program axis 0: anchor and BP positions of its list; axis 1: BW columns."""
     tiles = P // BP
@@ -81,6 +83,8 @@ def prepare_kernel(
         inside = scores + (first + local) * M + ids
         s = tl.load(inside, mask=t < L, other=float("-inf"))
         tl.store(S + local * P + t, s * LOG2E)
+        if PLACES:
+            tl.store(places + local * M + ids, t, mask=t < L)
 
     used = (t[:, None] >= term[None, :]) & (t < K)[:, None] & real
     table = (term * (term - 1) // 2).to(tl.int64)
@@ -467,8 +471,9 @@ def collect_blocks(r: int) -> dict[str, int]:
 
 # ---------------------------------------------------------------- sizes
 
-SMALL_CHUNK = 60 << 20  # bytes of a chunk's buffers when four of them are enough: few launches
+SMALL_CHUNK = 60 << 20  # bytes of a chunk's buffers when nine of them are enough: few launches
 LARGE_CHUNK = 30 << 20  # the same when it takes more: they stay in a GPU's L2 cache
+LONG = 1 << 20  # bytes of one anchor's buffers from which on few anchors keep a GPU busy
 GROUPS = 256  # programs among which the gradient of the rest's keys is shared, about
 PREPARED_ROWS = 32  # positions that one program prepares, at most
 
@@ -508,7 +513,8 @@ class Sizes(NamedTuple):
         rows = (self.padded + self.places) * (2 if gradients else 1)  # Q, C, dQ, dC
         row = rows * self.width * element + 4 * (self.padded + self.places + self.rest)
         row += (4 + 20 * self.completed) * self.m  # places, and what completes a ranking
-        budget = SMALL_CHUNK if self.n * row <= 4 * SMALL_CHUNK else LARGE_CHUNK
+        few = row <= LONG and self.n * row <= 9 * SMALL_CHUNK
+        budget = SMALL_CHUNK if few else LARGE_CHUNK
         most = max(1, min(self.n, budget // row))
         return triton.cdiv(self.n, triton.cdiv(self.n, most)) if self.n else 1
 
@@ -604,12 +610,13 @@ class _Call:
     def _prepare(self, first: int, anchors: int) -> _Chunk:
         x, size = self.x, self.size
         ids = x.ranking[first : first + anchors]
-        listing, listing_first, places = x.ranking, first, ids
-        if self.grads or size.completed:
-            places = _places(ids, size)
+        listing, listing_first = x.ranking, first
+        places = x.scores.new_empty((anchors, size.m) if self.grads else 0, dtype=torch.int32)
         if size.completed:
-            listing, places = _completed(places, size)
+            listing, places = _completed(_places(ids, size), size)
             listing_first = 0
+        elif self.grads and not size.ranked:
+            places.fill_(size.listed)
         rest = x.scores
         if not size.ranked:
             rest = _rest_scores(x.scores[first : first + anchors], ids, size)
@@ -626,6 +633,7 @@ class _Call:
             queries,
             keys,
             scores,
+            places,
             first,
             listing_first,
             size.k,
@@ -638,6 +646,7 @@ class _Call:
             W=size.width,
             BW=size.block,
             BP=rows,
+            PLACES=self.grads and not size.completed,
         )
         return chunk
 

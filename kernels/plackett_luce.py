@@ -65,21 +65,10 @@ def plackett_luce(
     """
     given = Lists(scores, ranking, lengths, weights.detach(), predecessors, keys)
     _check(given, anchor_weights)
-    table_dtype = torch.promote_types(predecessors.dtype, keys.dtype)
-    double = torch.float64 in (scores.dtype, table_dtype)
-    dtype = torch.float64 if double else torch.float32
-    chosen = choose(impl, scores.device, dtype)
-    if chosen != "triton":  # whose kernels multiply halves as they are
-        table_dtype = dtype
-    x = given._replace(
-        scores=scores.to(dtype),
-        weights=given.weights.to(dtype),
-        predecessors=predecessors.to(table_dtype),
-        keys=keys.to(table_dtype),
-    )
+    x, chosen = _prepared(given, impl)
     if anchor_weights is None:
         return _each(x, chosen)
-    anchor_weights = anchor_weights.detach().to(dtype)
+    anchor_weights = anchor_weights.detach().to(x.scores.dtype)
     differentiable = (x.scores, x.predecessors, x.keys)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if chosen == "reference" or not wanted:
@@ -87,6 +76,37 @@ def plackett_luce(
     links = [link_to(t) for t in differentiable]
     total: Tensor = applied(_Total, anchor_weights, *x, chosen, *links)[0]
     return total
+
+
+def total_and_gradients(
+    x: Lists, anchor_weights: Tensor, impl: str, *, wanted: bool
+) -> tuple[Tensor, ...]:
+    """Value of `plackett_luce` with `anchor_weights` and, if wanted, its gradients.
+
+    For implementations of other ops: neither autograd nor the dispatcher take part.
+
+    Returns:
+        The scalar, then the gradients of scores, predecessors and keys, in its dtype.
+    """
+    x, chosen = _prepared(x, impl)
+    anchor_weights = anchor_weights.to(x.scores.dtype)
+    if not wanted:
+        return (_run_nll(*x, chosen).dot(anchor_weights),)
+    nll, *gradients = _run_gradients(anchor_weights, *x, chosen)
+    return (nll.dot(anchor_weights), *gradients)
+
+
+def _prepared(x: Lists, impl: str) -> tuple[Lists, str]:
+    """Tensors in the dtypes of the implementation that runs, and its name."""
+    table_dtype = torch.promote_types(x.predecessors.dtype, x.keys.dtype)
+    double = torch.float64 in (x.scores.dtype, table_dtype)
+    dtype = torch.float64 if double else torch.float32
+    chosen = choose(impl, x.scores.device, dtype)
+    if chosen != "triton":  # whose kernels multiply halves as they are
+        table_dtype = dtype
+    tables = x.predecessors.to(table_dtype), x.keys.to(table_dtype)
+    scores, weights = x.scores.to(dtype), x.weights.to(dtype)
+    return Lists(scores, x.ranking, x.lengths, weights, *tables), chosen
 
 
 def _each(x: Lists, impl: str) -> Tensor:

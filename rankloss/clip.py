@@ -1,16 +1,10 @@
-"""CLIP's InfoNCE in both directions: with several positives where items repeat, and in chunks."""
+"""CLIP's InfoNCE and SigLIP's sigmoid terms of given scores, and which candidates are matches."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from rankloss.distributed import GlobalBatch
-from rankloss.kernels.launch import outside_autocast
-
-STREAM_ABOVE = 1 << 26  # logits; more (256 MiB in float32) are not held in memory at once
 
 
 def clip_loss(
@@ -30,17 +24,6 @@ def clip_loss(
     logits = scores if bias is None else [x + bias for x in scores]
     image_to_text, text_to_image = (info_nce(x, labels, positives, weights) for x in logits)
     return 0.5 * (image_to_text + text_to_image)
-
-
-def streamed_clip_loss(
-    batch: GlobalBatch, scale: Tensor, ids: Sequence[Tensor] = (), bias: Tensor | None = None
-) -> Tensor:
-    """Return `clip_loss` of a batch whose logits are never in memory at once."""
-    pairs = (batch.image_anchors, batch.texts), (batch.text_anchors, batch.images)
-    scale = scale.to(batch.images.dtype)
-    with outside_autocast(batch.images):
-        terms = [streamed_info_nce(x, y, scale, batch.labels, ids, bias) for x, y in pairs]
-    return 0.5 * (terms[0] + terms[1])
 
 
 def info_nce(
@@ -102,57 +85,38 @@ def positive_mask(ids: Sequence[Tensor], labels: Tensor) -> Tensor | None:
     return None if same is None else same.scatter(1, labels[:, None], True)
 
 
-def streamed_info_nce(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    labels: Tensor,
-    ids: Sequence[Tensor] = (),
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return `info_nce(scale * anchors @ candidates.T + bias, labels, positive_mask(ids, labels))`.
-
-    Logits exist a chunk of anchors at a time and again in the backward pass. Plain cross-entropy
-    is left to `torch.nn.functional.linear_cross_entropy` where this torch has it. Products follow
-    `torch.set_float32_matmul_precision`.
-
-    Args:
-        anchors, candidates: (N, D) and (M, D), float32 or float64.
-        scale, bias: 0-D, of any floating dtype.
-        labels: (N,) int64.
-        ids: (M,) integers each.
-
-    Returns:
-        A scalar; 0 for an empty batch.
-    """
-    queries = scale.to(anchors.dtype) * anchors
-    if bias is not None:  # one more feature, so that every path adds it
-        column = bias.to(queries.dtype).expand(len(queries), 1)
-        queries = torch.cat([queries, column], 1)
-        candidates = torch.cat([candidates, candidates.new_ones(len(candidates), 1)], 1)
-    if not ids and len(labels) and hasattr(F, "linear_cross_entropy"):  # it divides by len(labels)
-        total: Tensor = F.linear_cross_entropy(
-            queries,
-            candidates,
-            labels,
-            reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True),
-        )
-    else:
-        total = _checkpointed_cross_entropy(queries, candidates, labels, ids)
-    return total / max(len(labels), 1)
+def info_nce_and_gradient(
+    scores: Tensor, labels: Tensor, positives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return N times `info_nce` and the gradient of that to the scores, (N, M)."""
+    own = labels[:, None]
+    if positives is None:
+        log_p = scores.log_softmax(1)
+        total = -log_p.gather(1, own).sum()
+        return total, log_p.exp_().scatter_add_(1, own, scores.new_full((), -1.0).expand_as(own))
+    negatives = scores.masked_fill(positives, -torch.inf)
+    lse = negatives.logsumexp(1, keepdim=True)
+    each, gap = 1 / positives.sum(1, keepdim=True, dtype=scores.dtype), lse - scores
+    total = (F.softplus(gap).masked_fill_(~positives, 0.0) * each).sum()
+    pull = gap.sigmoid_().masked_fill_(~positives, 0.0).mul_(each)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # no negatives: subtract no infinities
+    push = negatives.sub_(lse).exp_().mul_(pull.sum(1, keepdim=True))
+    return total, push.sub_(pull)
 
 
-def _checkpointed_cross_entropy(
-    queries: Tensor, candidates: Tensor, labels: Tensor, ids: Sequence[Tensor]
-) -> Tensor:
-    def chunk_loss(q: Tensor, c: Tensor, mine: Tensor) -> Tensor:
-        return info_nce(q @ c.T, mine, positive_mask(ids, mine)) * len(mine)
+def matches(labels: Tensor, positives: Tensor | None, columns: int) -> Tensor:
+    """Return (N, M) bool: `positives`, or the label's candidate alone."""
+    if positives is not None:
+        return positives
+    none = torch.zeros(len(labels), columns, dtype=torch.bool, device=labels.device)
+    return none.scatter_(1, labels[:, None], True)
 
-    rows = max(1, STREAM_ABOVE // (16 * max(len(candidates), 1)))
-    total = queries.new_zeros(())
-    for start in range(0, len(labels), rows):
-        chunk = slice(start, start + rows)
-        arguments = queries[chunk], candidates, labels[chunk]
-        total = total + checkpoint(chunk_loss, *arguments, use_reentrant=False)
-    return total
+
+def sigmoid_and_gradient(
+    logits: Tensor, labels: Tensor, positives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of -log sigmoid(y logit), y = 1 at matches, else -1; and its gradient."""
+    match = matches(labels, positives, logits.shape[1])
+    signed = torch.where(match, logits, -logits)
+    away = signed.neg().sigmoid_()
+    return -F.logsigmoid(signed).sum(), torch.where(match, -away, away)

@@ -1,15 +1,15 @@
 """Contrastive losses that are no member of the ranking family: SigLIP and CyCLIP."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from rankloss.clip import clip_loss, positive_mask
 from rankloss.distributed import GlobalBatch, Processes, gather_batch, gather_features
 from rankloss.global_batch import GatherOptions, Inputs
+from rankloss.kernels import check_impl
 from rankloss.pair_loss import PairLoss
-from rankloss.scores import cross_modal_scores, scaled_cosines
+from rankloss.pair_terms import Pairs, Terms
+from rankloss.streaming import loss_of_pairs
 
 
 class SigLipLoss(PairLoss):
@@ -24,6 +24,8 @@ class SigLipLoss(PairLoss):
     global batch's at any world size.
 
     Args:
+        impl: "reference" is plain PyTorch, which holds all logits and is differentiable twice;
+            any other implementation streams: logits exist a chunk of anchors at a time.
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
             `rankloss.global_batch.GlobalBatchLoss`.
 
@@ -32,19 +34,18 @@ class SigLipLoss(PairLoss):
     0.0201
     """
 
+    def __init__(self, *, impl: str = "auto", **gathering: Unpack[GatherOptions]) -> None:
+        super().__init__(**gathering)
+        check_impl(impl)
+        self.impl = impl
+
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute "contrastive_loss", all there is."""
-        dtype = _wide_dtype(images, texts)
         images, texts, labels = self._sides(images, texts, inputs.processes)
-        logits = scaled_cosines(images.to(dtype), texts.to(dtype), inputs.scale)
-        if inputs.bias is not None:
-            logits = logits + inputs.bias.to(dtype)
-        positives = positive_mask(inputs.ids, labels)
-        if positives is None:
-            positives = torch.zeros_like(logits, dtype=torch.bool)
-            positives.scatter_(1, labels[:, None], True)
-        loss = -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / max(len(logits), 1)
-        return {"contrastive_loss": loss}
+        batch = GlobalBatch(images, texts, images[:0], texts, labels)  # no image is a candidate
+        ids = inputs.image_ids, inputs.text_ids
+        pairs = Pairs.of(batch, inputs.scale, inputs.bias, ids=ids)._replace(text_anchors=None)
+        return {"contrastive_loss": loss_of_pairs(pairs, Terms(sigmoid=1.0, impl=self.impl))}
 
     def _sides(
         self, images: Tensor, texts: Tensor, processes: Processes
@@ -79,6 +80,7 @@ class CyCLIPLoss(PairLoss):
 
     Args:
         in_modal_weight, cross_modal_weight: w_in, w_cross; the published command has 0.25 for both.
+        impl: as in `SigLipLoss`.
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
             `rankloss.global_batch.GlobalBatchLoss`.
 
@@ -93,10 +95,13 @@ class CyCLIPLoss(PairLoss):
         *,
         in_modal_weight: float = 0.25,
         cross_modal_weight: float = 0.25,
+        impl: str = "auto",
         **gathering: Unpack[GatherOptions],
     ) -> None:
         super().__init__(**gathering)
+        check_impl(impl)
         self.in_modal_weight, self.cross_modal_weight = in_modal_weight, cross_modal_weight
+        self.impl = impl
 
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute "contrastive_loss" and "cyclic_loss"."""
@@ -106,37 +111,22 @@ class CyCLIPLoss(PairLoss):
             inputs.processes,
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
-        ).in_full_precision()
-        cosines = cross_modal_scores(batch, batch.images.new_ones(()))
+        )
+        ids, one = (inputs.image_ids, inputs.text_ids), torch.ones_like(inputs.scale)
+        contrastive = Terms(contrastive=1.0, impl=self.impl)
+        cyclic = Terms(
+            cyclic_across=self.cross_modal_weight,
+            cyclic_within=self.in_modal_weight,
+            impl=self.impl,
+        )
+        pairs = Pairs.of(batch, inputs.scale, inputs.bias, ids=ids)
         return {
-            "contrastive_loss": self._contrastive(cosines, batch.labels, inputs),
-            "cyclic_loss": self._cyclic(cosines, batch),
+            "contrastive_loss": loss_of_pairs(pairs, contrastive),
+            "cyclic_loss": loss_of_pairs(Pairs.of(batch, one), cyclic),
         }
-
-    def _contrastive(
-        self, cosines: tuple[Tensor, Tensor], labels: Tensor, inputs: Inputs
-    ) -> Tensor:
-        logits = [inputs.scale.to(x.dtype) * x for x in cosines]
-        return clip_loss(logits, labels, positive_mask(inputs.ids, labels), inputs.bias)
-
-    def _cyclic(self, cosines: tuple[Tensor, Tensor], batch: GlobalBatch) -> Tensor:
-        one = batch.images.new_ones(())
-        images = scaled_cosines(batch.image_anchors, batch.images, one)
-        texts = scaled_cosines(batch.text_anchors, batch.texts, one)
-        within = self.in_modal_weight * (images - texts).square().sum()
-        across = self.cross_modal_weight * (cosines[0] - cosines[1]).square().sum()
-        return (within + across) / max(len(images), 1)
 
     def extra_repr(self) -> str:
         return (
             f"in_modal_weight={self.in_modal_weight:g}, "
             f"cross_modal_weight={self.cross_modal_weight:g}"
         )
-
-
-def _wide_dtype(*features: Tensor) -> torch.dtype:
-    """float32, or float64 where features are."""
-    dtype = torch.float32
-    for x in features:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype

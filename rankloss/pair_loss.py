@@ -75,8 +75,8 @@ class PairLoss(GlobalBatchLoss):
             embed_dim=self._feature_width,
             further=functools.partial(self.further, image_features, further),
         )
-        terms = self.terms(image_features, text_features, inputs)
-        return terms if output_dict else functools.reduce(operator.add, terms.values())
+        compute = self.terms if output_dict else self.total
+        return compute(image_features, text_features, inputs)
 
     def further(self, images: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Check features of further kinds, and return those that are given, by name.
@@ -98,6 +98,10 @@ class PairLoss(GlobalBatchLoss):
             inputs: all else that was given, checked, and agreed on with the other processes.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its terms are")
+
+    def total(self, images: Tensor, texts: Tensor, inputs: Inputs) -> Tensor:
+        """Compute the sum of the terms; a member may have a shorter way."""
+        return functools.reduce(operator.add, self.terms(images, texts, inputs).values())
 
     @property
     def _feature_width(self) -> int | None:

@@ -146,33 +146,48 @@ def ranked_nll(
     without a `divisor`; else their sum over it (over 1, if it is 0), whose gradients are made
     together with the value.
     """
+    lists, total = weighted_lists(scores, ranking, lengths, transitions, discount=discount)
+    if divisor is None:
+        each = kernels.plackett_luce(*lists, impl)
+        return each if total is None else each / total
+    least = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
+    share = lists.weights.new_ones(len(ranking)) / (least if total is None else least * total)
+    return kernels.plackett_luce(*lists, impl, share)
+
+
+def weighted_lists(
+    scores: Tensor,
+    ranking: Tensor,
+    lengths: Tensor | None,
+    transitions: Transitions | None,
+    *,
+    discount: Discount,
+) -> tuple[kernels.Lists, Tensor | None]:
+    """Arguments of the op, and what its likelihoods are still to be divided by, (N,), if anything.
+
+    Of `lengths` (N,), those beyond K count as K; None means all K places count.
+    """
     n, k = ranking.shape
     predecessors, keys = transitions or _no_transitions(scores)
     dtype = torch.promote_types(
         _compute_dtype(scores), torch.promote_types(predecessors.dtype, keys.dtype)
     )
-    weights = _place_weights(k, discount, dtype, scores.device)
-    share = None
-    if divisor is not None:
-        least = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
-        share = weights.new_ones(n) / least
+    weights, total = _place_weights(k, discount, dtype, scores.device), None
     if lengths is None:
         lengths = torch.full((n,), k, dtype=torch.int64, device=scores.device)
         weights = weights / weights.sum()
-        x = scores, ranking, lengths, weights, predecessors, keys
-        return kernels.plackett_luce(*x, impl, share)
-    counts = torch.arange(k, device=scores.device) < lengths[:, None]
-    total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
-    total = torch.where(lengths > 0, total, 1.0)
-    x = scores, ranking, lengths, weights, predecessors, keys
-    if share is None:
-        return kernels.plackett_luce(*x, impl) / total
-    return kernels.plackett_luce(*x, impl, share / total)
+    else:
+        lengths = lengths.clamp(max=k)
+        counts = torch.arange(k, device=scores.device) < lengths[:, None]
+        total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
+        total = torch.where(lengths > 0, total, 1.0)
+    return kernels.Lists(scores, ranking, lengths, weights, predecessors, keys), total
 
 
 def _place_weights(k: int, discount: Discount, dtype: torch.dtype, device: torch.device) -> Tensor:
-    place = torch.arange(1, k + 1, dtype=dtype, device=device)
-    return 1 / torch.log1p(place) if discount == "log" else torch.ones_like(place)
+    if discount == "none":
+        return torch.ones(k, dtype=dtype, device=device)
+    return 1 / torch.log1p(torch.arange(1, k + 1, dtype=dtype, device=device))
 
 
 def _no_transitions(scores: Tensor) -> Transitions:

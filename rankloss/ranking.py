@@ -1,6 +1,5 @@
 """The ranking losses as modules: HighOrderPLLoss, and its members of order 1 and 0."""
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,20 +9,14 @@ from typing_extensions import Unpack
 
 from rankloss.advice import Adviser
 from rankloss.checks import check_option_names, check_settings, check_weights
-from rankloss.clip import STREAM_ABOVE, clip_loss, positive_mask, streamed_clip_loss
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
 from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
 from rankloss.global_batch import GatherOptions, Inputs
-from rankloss.lists import (
-    RankingList,
-    cross_modal_lists,
-    in_modal_lists,
-    list_nll,
-)
 from rankloss.options import Discount
 from rankloss.pair_loss import PairLoss
+from rankloss.pair_terms import Pairs, Terms
 from rankloss.ramp import START, RampedLoss
-from rankloss.scores import cross_modal_scores
+from rankloss.streaming import loss_of_pairs
 from rankloss.transitions import TransitionHeads, Transitions
 
 SEEDS = (2605, 2606)  # of the transition heads: shared or of images, of texts
@@ -62,7 +55,8 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         share_transitions: one set of heads for both candidate modalities, else one each.
         local_loss, gather_with_grad, accum_freq, process_group, rank, world_size: see
             `rankloss.global_batch.GlobalBatchLoss`; the default is exact at any world size.
-        impl: implementation of the likelihood, see `rankloss.plackett_luce_nll`.
+        impl: implementation of the loss, see `rankloss.plackett_luce_nll`: "reference" holds all
+            scores and is differentiable twice, the others stream a chunk of anchors at a time.
         keep_stats: keep the features of the last forward (detached, with the transition tables of
             its texts) so that `last_stats` can be read; False holds nothing between steps.
         generator: draws the initial weights of the transition heads instead of a fixed seed; a
@@ -150,35 +144,58 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
 
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute "contrastive_loss" and "ranking_loss"."""
-        keys = [] if self._ranking_off else [x.key_weight for x in self._heads]
-        self._adviser.look(images, texts, inputs.scale, keys)
-        gathered = gather_batch(
+        self._adviser.look(images, texts, inputs.scale, self._watched_keys)
+        return self._parts(self._pairs(images, texts, inputs))
+
+    def total(self, images: Tensor, texts: Tensor, inputs: Inputs) -> Tensor:
+        """Compute their sum, whose gradients are one set."""
+        self._adviser.look(images, texts, inputs.scale, self._watched_keys)
+        pairs, ranking = self._pairs(images, texts, inputs), self._ranking_terms()
+        if ranking is None:
+            contrastive, zero = self._parts(pairs).values()
+            return contrastive + zero
+        return loss_of_pairs(pairs, ranking._replace(contrastive=self.contrastive_weight))
+
+    @property
+    def _watched_keys(self) -> list[nn.Parameter]:
+        return [] if self._ranking_off else [x.key_weight for x in self._heads]
+
+    def _parts(self, pairs: Pairs) -> dict[str, Tensor]:
+        contrastive = Terms(contrastive=self.contrastive_weight, impl=self.impl)
+        ranking = self._ranking_terms()
+        ranked = self._no_ranking(pairs) if ranking is None else loss_of_pairs(pairs, ranking)
+        return {"contrastive_loss": loss_of_pairs(pairs, contrastive), "ranking_loss": ranked}
+
+    def _ranking_terms(self) -> Terms | None:
+        """Ranking terms, or None while there are none: at order 0, and while the ramp is 0."""
+        if self.order == 0 or self._ranking_off:
+            return None
+        return Terms(
+            cross_modal=self.cross_modal_weight,
+            in_modal=self.in_modal_weight,
+            exclude_self=self.exclude_self,
+            top_k=self.top_k,
+            discount=self.discount,
+            impl=self.impl,
+        )
+
+    def _pairs(self, images: Tensor, texts: Tensor, inputs: Inputs) -> Pairs:
+        """Gather the global batch."""
+        batch = gather_batch(
             images,
             texts,
             inputs.processes,
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         )
-        scale, bias = inputs.scale, inputs.bias
-        transitions = self._transitions(gathered)
-        batch = gathered.in_full_precision()
-        self._snapshot = take_snapshot(batch, scale, transitions) if self.keep_stats else None
-        if self.order == 0 and len(batch.labels) * len(batch.texts) > STREAM_ABOVE:
-            contrastive = streamed_clip_loss(batch, scale, inputs.ids, bias)
-            ranking = torch.zeros_like(contrastive)
-        else:
-            scores = cross_modal_scores(batch, scale)
-            positives = positive_mask(inputs.ids, batch.labels)
-            contrastive = clip_loss(scores, batch.labels, positives, bias)
-            if self.order == 0 or self._ranking_off:
-                ranking = self._no_ranking(batch)
-            else:
-                ids = [inputs.image_ids, inputs.text_ids]
-                ranking = self._ranking(batch, scale, scores, positives, ids, transitions)
-        return {
-            "contrastive_loss": self.contrastive_weight * contrastive,
-            "ranking_loss": ranking,
-        }
+        transitions = self._transitions(batch)
+        self._snapshot = None
+        if self.keep_stats:
+            self._snapshot = take_snapshot(batch, inputs.scale, transitions)
+        # a copy: DDP rewrites buffers in every forward, and two may precede a backward
+        ramp = self.ranking_ramp.clone()
+        ids = inputs.image_ids, inputs.text_ids
+        return Pairs.of(batch, inputs.scale, inputs.bias, transitions, ids, ramp)
 
     @property
     def _heads(self) -> list[TransitionHeads]:
@@ -202,38 +219,13 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         weights = {n: scale_gradient(p, 1 / self.accum_freq) for n, p in heads.named_parameters()}
         return torch.func.functional_call(heads, weights, (candidates,))  # type: ignore[no-any-return]
 
-    def _no_ranking(self, batch: GlobalBatch) -> Tensor:
+    def _no_ranking(self, pairs: Pairs) -> Tensor:
         """Return a zero that the heads' parameters take part in: DDP expects all of them to."""
-        total = batch.images.new_zeros(())
+        total = pairs.scale.new_zeros((), dtype=pairs.dtype)
         for heads in self._heads:
-            predecessors, keys = heads(batch.texts[:0])
+            predecessors, keys = heads(pairs.texts[:0])
             total = total + predecessors.sum() + keys.sum()
         return total
-
-    def _ranking(
-        self,
-        batch: GlobalBatch,
-        scale: Tensor,
-        scores: tuple[Tensor, Tensor],
-        positives: Tensor | None,
-        ids: Sequence[Tensor | None],
-        transitions: dict[str, Transitions],
-    ) -> Tensor:
-        total = scores[0].new_zeros(())
-        groups: list[tuple[float, list[RankingList]]] = []
-        if self.cross_modal_weight:
-            lists = cross_modal_lists(batch, scores, positives, transitions)
-            groups.append((self.cross_modal_weight, lists))
-        if self.in_modal_weight:
-            same = [None if x is None else positive_mask([x], batch.labels) for x in ids]
-            lists = in_modal_lists(batch, scale, same, transitions, exclude_self=self.exclude_self)
-            groups.append((self.in_modal_weight, lists))
-        for weight, lists in groups:
-            for item in lists:
-                nll = list_nll(item, self.top_k, discount=self.discount, impl=self.impl)
-                total = total + weight / 2 * nll
-        # a copy: DDP rewrites buffers in every forward, and two may precede a backward
-        return total * self.ranking_ramp.clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load; a state of order 0 or 1, which has no heads, leaves them as they are."""
@@ -276,6 +268,7 @@ class ClipOptions(GatherOptions, total=False):
     """Arguments of `HighOrderPLLoss` that mean something without ranking terms."""
 
     contrastive_weight: float
+    impl: str
     keep_stats: bool
 
 
@@ -287,7 +280,6 @@ class RankCLIPOptions(ClipOptions, total=False):
     in_modal_weight: float
     discount: Discount
     exclude_self: bool
-    impl: str
 
 
 class RankCLIPLoss(HighOrderPLLoss):

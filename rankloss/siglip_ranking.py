@@ -37,12 +37,12 @@ class SigLipRankingLoss(PairLoss):
             raise ValueError(f"SigLipRankingLoss: order {order} ranks nothing; use SigLipLoss")
         gather = {key: options[key] for key in GatherOptions.__annotations__ if key in options}
         super().__init__(**gather)
-        self.contrastive = SigLipLoss(**gather)
+        self.contrastive = SigLipLoss(impl=options.get("impl", "auto"), **gather)
         self.ranking = HighOrderPLLoss(embed_dim, order, contrastive_weight=0.0, **options)
 
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute "contrastive_loss", the sigmoid's, and "ranking_loss"."""
-        ranking = self.ranking.terms(images, texts, inputs)["ranking_loss"]
+        ranking = self.ranking.total(images, texts, inputs)  # whose contrastive weight is 0
         return {**self.contrastive.terms(images, texts, inputs), "ranking_loss": ranking}
 
     @property

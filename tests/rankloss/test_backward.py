@@ -11,6 +11,7 @@ from rankloss import HighOrderPLLoss, Transitions
 from rankloss.scores import scaled_cosines
 from tests.helpers.features import features
 from tests.helpers.problems import Problem, each_case, each_implementation, make_problem
+from tests.helpers.recorder import inside_ops
 from tests.properties import nll, value_and_gradients
 
 
@@ -143,7 +144,7 @@ def test_nothing_that_deterministic_algorithms_refuse(discount: Any, order: int)
     """Those that torch.use_deterministic_algorithms(True) refuses on CUDA, here where they run."""
     image, text = features(9, dtype=torch.float32)
     loss = HighOrderPLLoss(8, order, discount=discount, exclude_self=True)
-    with Operations() as operations, torch.autograd.set_multithreading_enabled(False):
+    with inside_ops(), Operations() as operations, torch.autograd.set_multithreading_enabled(False):
         loss(image, text, 14.3, image_ids=torch.arange(9) // 2).backward()
     assert "mm" in operations.names
     assert not operations.names & set(FORBIDDEN)

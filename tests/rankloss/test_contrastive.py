@@ -1,15 +1,14 @@
 """The contrastive term: CLIP's, several positives, and the streamed form of large batches."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from open_clip.loss import ClipLoss as OpenClipLoss
 from torch import Tensor
 
-from rankloss import ClipLoss, HighOrderPLLoss, clip, ranking
-from rankloss.clip import info_nce, positive_mask, streamed_info_nce
+from rankloss import ClipLoss, HighOrderPLLoss
+from rankloss.clip import info_nce, positive_mask
 from tests.helpers.features import features
 
 
@@ -110,79 +109,3 @@ def test_positive_mask() -> None:
         result = positive_mask(ids, own)
         assert result is not None
         assert result.tolist() == expected
-
-
-# ---------------------------------------------------------------- streaming
-
-
-IDS = {
-    "no ids": [],
-    "images": [torch.tensor([0, 1, 0, 2, 3, 4, 0, 5, 6])],
-    "both": [torch.tensor([0, 1, 0, 2, 3, 4, 0, 5, 6]), torch.tensor([1, 1, 2, 3, 4, 5, 6, 7, 7])],
-}
-
-
-@pytest.mark.parametrize("rows", [1, 4, 99])
-@pytest.mark.parametrize("bias", [None, -3.0])
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_streamed_equals_held(
-    scale: float,
-    ids: list[Tensor],
-    bias: float | None,
-    rows: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Also when run backward twice."""
-    monkeypatch.setattr(clip, "STREAM_ABOVE", 16 * 9 * rows)
-    v, t = features(9, 5)
-    own = torch.tensor([0, 3, 8, 2, 6])
-    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    b = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
-    leaves = [x for x in (v, t, s) if x is not None]
-    held = info_nce(s * v[own] @ t.T + (0 if b is None else b), own, positive_mask(ids, own))
-    streamed = streamed_info_nce(v[own], t, s, own, ids, b)
-    expected = torch.autograd.grad(held, leaves)
-    torch.testing.assert_close(streamed, held)
-    for factor in (1.0, 3.0):
-        actual = torch.autograd.grad(factor * streamed, leaves, retain_graph=True)
-        for x, y in zip(actual, expected, strict=True):
-            torch.testing.assert_close(x, factor * y)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scalars", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("with_ids", [False, True], ids=["no ids", "ids"])
-def test_a_large_batch_streams(
-    with_ids: bool, scalars: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Below and above the threshold values, gradients and accepted dtypes are the same."""
-    image, text = features(12, dtype=dtype)
-    scale, bias = (torch.tensor(x, dtype=scalars, requires_grad=True) for x in ([20.0], -1.0))
-    leaves = (image, text, scale, bias)
-    ids = {"image_ids": torch.arange(12) // 2} if with_ids else {}
-    held = ClipLoss()(image, text, scale, bias, **ids)
-    expected = torch.autograd.grad(held, leaves)
-    calls = []
-    plain = streamed_info_nce
-
-    def counted(*args: Any) -> Tensor:
-        calls.append(args)
-        return plain(*args)
-
-    for module in (clip, ranking):
-        monkeypatch.setattr(module, "STREAM_ABOVE", 50)
-    monkeypatch.setattr(clip, "streamed_info_nce", counted)
-    streamed = ClipLoss()(image, text, scale, bias, **ids)
-    assert len(calls) == 2  # images to texts, and texts to images
-    assert streamed.dtype == held.dtype
-    torch.testing.assert_close(streamed, held)
-    for x, y in zip(torch.autograd.grad(streamed, leaves), expected, strict=True):
-        assert x.dtype == y.dtype
-        eps, size = torch.finfo(x.dtype).eps, float(y.abs().max())
-        torch.testing.assert_close(x, y, rtol=0, atol=2 * eps * size + 1e-6)
-
-
-def test_streaming_an_empty_batch() -> None:
-    v, t = features(0)
-    assert streamed_info_nce(v, t, torch.tensor(2.0), torch.empty(0, dtype=torch.long)) == 0

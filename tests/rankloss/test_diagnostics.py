@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss, diagnostics, rankings
 from tests.helpers.features import features, randomize
-from tests.helpers.recorder import Recorder
+from tests.helpers.recorder import Recorder, inside_ops
 
 # cosines [[0, 0.8, 0.6], [1, 0, 0], [0, 0.96, -0.28]], an image a row
 IMAGES = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.6, -0.8]])
@@ -240,7 +240,7 @@ def test_a_step_never_waits_for_the_device(
         if not watched:
             loss(image, text, scale, **ids).backward()
             continue
-        with Watch() as watch:
+        with inside_ops(), Watch() as watch:
             loss(image, text, scale, **ids).backward()
         assert "mm" in watch.names
         assert not watch.copies

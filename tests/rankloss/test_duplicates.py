@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import HighOrderPLLoss, Transitions
+from rankloss import HighOrderPLLoss, Transitions, kernels
 from rankloss.clip import positive_mask
+from rankloss.kernels import total_and_gradients
 from tests.helpers.features import equal, features, randomize
 from tests.helpers.problems import each_implementation
+from tests.helpers.recorder import inside_ops
 
 IMAGE_IDS = [4, 1, 4, 2, 3, 3, 4]
 TEXT_IDS = [0, 0, 1, 2, 2, 3, 4]
@@ -161,12 +163,12 @@ def test_distinct_ids_cost_nothing(order: int) -> None:
     loss = HighOrderPLLoss(8, order)
     ids = {"image_ids": torch.arange(40), "text_ids": torch.full((40,), -1)}
     loss(image, text, 14.3)
-    with Masks() as without:
+    with inside_ops(), Masks() as without:
         plain = loss(image, text, 14.3)
-    with Masks() as masks:
+    with inside_ops(), Masks() as masks:
         assert torch.equal(loss(image, text, 14.3, **ids), plain)
     assert masks.count == without.count
-    with Masks() as masks:
+    with inside_ops(), Masks() as masks:
         loss(image, text, 14.3, image_ids=torch.arange(40) // 2)
     assert masks.count > without.count
 
@@ -185,24 +187,15 @@ class Masks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def test_no_row_counts_more_places_than_there_are() -> None:
+def test_no_row_counts_more_places_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read `lengths` places of a row; with ids and `top_k`, more candidates stay."""
     image, text = features(7, dtype=torch.float32)
-    with Lengths() as lengths:
-        HighOrderPLLoss(8, 3, top_k=2)(image, text, 14.3, image_ids=torch.tensor(IMAGE_IDS))
-    assert lengths.found == [(2, 2)] * 4
+    found = []
 
+    def noted(*args: Any, **options: Any) -> Any:
+        found.append((args[0].ranking.shape[1], args[0].lengths.tolist()))
+        return total_and_gradients(*args, **options)
 
-class Lengths(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the places and the largest length of each list that reaches an implementation."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[tuple[int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "rankloss":
-            names = (argument.name for argument in func._schema.arguments)
-            given = dict(zip(names, args, strict=True))
-            self.found.append((given["ranking"].shape[1], int(given["lengths"].max())))
-        return func(*args, **(kwargs or {}))
+    monkeypatch.setattr(kernels, "total_and_gradients", noted)
+    HighOrderPLLoss(8, 3, top_k=2)(image, text, 14.3, image_ids=torch.tensor(IMAGE_IDS))
+    assert found == [(2, [2] * 14)] * 2  # lists of texts, and of images
