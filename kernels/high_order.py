@@ -471,9 +471,9 @@ def collect_blocks(r: int) -> dict[str, int]:
 
 # ---------------------------------------------------------------- sizes
 
-SMALL_CHUNK = 60 << 20  # bytes of a chunk's buffers when nine of them are enough: few launches
+SMALL_CHUNK = 56 << 20  # bytes of a chunk's buffers when five of them are enough: few launches
 LARGE_CHUNK = 30 << 20  # the same when it takes more: they stay in a GPU's L2 cache
-LONG = 1 << 20  # bytes of one anchor's buffers from which on few anchors keep a GPU busy
+LONG = 1 << 20  # bytes of an anchor's buffers from which on few anchors occupy a GPU
 GROUPS = 256  # programs among which the gradient of the rest's keys is shared, about
 PREPARED_ROWS = 32  # positions that one program prepares, at most
 
@@ -513,7 +513,7 @@ class Sizes(NamedTuple):
         rows = (self.padded + self.places) * (2 if gradients else 1)  # Q, C, dQ, dC
         row = rows * self.width * element + 4 * (self.padded + self.places + self.rest)
         row += (4 + 20 * self.completed) * self.m  # places, and what completes a ranking
-        few = row <= LONG and self.n * row <= 9 * SMALL_CHUNK
+        few = row <= LONG and self.n * row <= 5 * SMALL_CHUNK
         budget = SMALL_CHUNK if few else LARGE_CHUNK
         most = max(1, min(self.n, budget // row))
         return triton.cdiv(self.n, triton.cdiv(self.n, most)) if self.n else 1
@@ -595,13 +595,17 @@ class _Call:
         step = self.size.chunk(self.x.keys.element_size(), self.grads)
         with on_device_of(self.x.scores):
             for first in range(0, self.size.n, step):
-                chunk = self._prepare(first, min(step, self.size.n - first))
-                shifted, dQ = self._forward(chunk)
-                if self.grads:
-                    if not self.size.ranked:
-                        self._backward_rest(chunk, shifted)
-                    self._collect(chunk, dQ, self._backward(chunk, shifted))
+                self._run_chunk(first, min(step, self.size.n - first))
         return self.partial.sum(1) * self.heaviest
+
+    def _run_chunk(self, first: int, anchors: int) -> None:
+        """Fill some anchors' share; their buffers are free again before the next ones'."""
+        chunk = self._prepare(first, anchors)
+        shifted, dQ = self._forward(chunk)
+        if self.grads:
+            if not self.size.ranked:
+                self._backward_rest(chunk, shifted)
+            self._collect(chunk, dQ, self._backward(chunk, shifted))
 
     def _groups(self) -> int:
         programs = self.size.rest // self.plan.backward_rest.candidates

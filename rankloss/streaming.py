@@ -25,8 +25,7 @@ from rankloss.plain import plain_loss
 from rankloss.scores import exact_product
 from rankloss.transitions import Transitions
 
-WHOLE = 24 << 20  # bytes of all anchors' scores, rankings and gradients, up to which one pass is it
-CHUNK = 12 << 20  # bytes of some anchors' otherwise
+CHUNK = 20 << 20  # bytes alive at a time for some anchors' scores, rankings and gradients
 ENTRY = 40  # of them a row and candidate, of both blocks
 
 LEAVES = Pairs._fields.index("labels")  # the tensors before it receive gradient
@@ -93,8 +92,8 @@ class Stream:
         n, halves = len(self.x.labels), self.terms.across + self.terms.within
         if halves:
             anchor = ENTRY * halves * max(1, len(self.x.texts))
-            step = n if n * anchor <= WHOLE else max(1, CHUNK // anchor)
-            for start in range(0, n, max(step, 1)):
+            step = max(1, CHUNK // anchor)
+            for start in range(0, n, step):
                 self._add(slice(start, min(start + step, n)))
         leaves = self.given[:LEAVES]
         found = self._gradients() if self.wanted else [None] * LEAVES

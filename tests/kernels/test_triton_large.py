@@ -80,6 +80,7 @@ def prepared() -> dict[str, Tensor]:
         "Q": torch.zeros(1, P, WIDTH),
         "C": torch.zeros(1, P, WIDTH),
         "S": torch.zeros(1, P),
+        "places": torch.zeros(1, M, dtype=torch.int32),
     }
     prepare(x, x.scores, x.ranking, out, first=0, programs=1)
     out["weights"] = torch.nn.functional.pad(x.weights, (0, P - K))
@@ -111,6 +112,7 @@ def prepare(
         W=WIDTH,
         BW=WIDTH,
         BP=P,
+        PLACES=True,
     )
 
 
@@ -138,6 +140,7 @@ def test_prepare(in_one_chunk: bool) -> None:
             "Q": huge(torch.zeros(1, P, WIDTH), rows),
             "C": huge(torch.zeros(1, P, WIDTH), rows),
             "S": huge(torch.zeros(1, P), rows),
+            "places": huge(torch.zeros(1, M, dtype=torch.int32), rows),
         }
         prepare(x, scores, ranking, out, first=first, programs=1)
         return out

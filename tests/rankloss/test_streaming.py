@@ -79,7 +79,6 @@ def test_equals_the_plain_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each value with gradients of its own, their sum with one set; backward twice, and tripled."""
-    monkeypatch.setattr(streaming, "WHOLE", 0)
     monkeypatch.setattr(streaming, "CHUNK", anchors * 2 * 9 * streaming.ENTRY)
     results = []
     for impl in ("reference", "blocked"):
@@ -224,7 +223,6 @@ def test_nothing_of_anchors_and_candidates_is_kept(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the passes there are features only, in them no tensor larger than a chunk."""
-    monkeypatch.setattr(streaming, "WHOLE", 0)
     monkeypatch.setattr(streaming, "CHUNK", 1 << 18)
     n, d = 300, 4
     image, text = features(n, d, dtype=torch.float32)
