@@ -67,15 +67,12 @@ class Loss:
     def kept_bytes(self) -> int:
         """Kept from the forward for the backward pass."""
         n, m = self.local_batch, self.candidates
-        alone = self.gpus == 1  # then texts rank images by the transposed scores
-        matrices = (1 if alone else 2) + 2  # cosines, and both softmaxes of the contrastive term
-        if self.order:
-            matrices += 2 + LISTS  # in-modal cosines, and the gradient of every list's scores
-        features = 2 * m * self.dim * FLOAT + (0 if alone else 2 * n * self.dim * FLOAT)
-        # predecessors before their norm, and the tables' gradients of both lists of a modality
-        rows = (self.predecessors + LISTS // 2 * self.tables) * m + self.tables * self.dim
-        tables = 2 * rows * self.transition_dim * FLOAT
-        return matrices * n * m * FLOAT + features + tables
+        anchors = 0 if self.gpus == 1 else n  # there every candidate is an anchor
+        gradients = 2 * (m + anchors) * self.dim
+        features = 2 * m * self.dim if self.tables else 0  # which the heads keep
+        # predecessors before their norm, and gradients of the tables
+        rows = (self.predecessors + self.tables) * m + self.tables * self.dim
+        return FLOAT * (gradients + features + 2 * rows * self.transition_dim)
 
     def received_bytes(self) -> int:
         """Bytes that each GPU receives in a step: others' features, and gradients of its own."""

@@ -100,11 +100,11 @@ class Terms(NamedTuple):
     """Weights of the terms of a loss of pairs, and their options.
 
     Attributes:
-        contrastive: of InfoNCE, mean of both directions.
-        sigmoid: of SigLIP's softplus, images against texts.
-        cyclic_across, cyclic_within: of CyCLIP's squared differences.
-        cross_modal, in_modal: of the ranking terms, mean of both directions.
-        exclude_self, top_k, discount: of the rankings, as `rankloss.HighOrderPLLoss` has them.
+        contrastive: InfoNCE's weight; its directions are averaged.
+        sigmoid: weight of SigLIP's softplus, images against texts.
+        cyclic_across, cyclic_within: weights of CyCLIP's squared differences.
+        cross_modal, in_modal: weights of the ranking terms; their directions are averaged.
+        exclude_self, top_k, discount: options that rankings have in `rankloss.HighOrderPLLoss`.
         impl: implementation; "reference" is plain PyTorch, differentiable twice.
     """
 

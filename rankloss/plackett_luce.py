@@ -57,7 +57,7 @@ def _stable_keys(scores: Tensor) -> Tensor:
     bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)  # -0.0 equals 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     ids = torch.arange(scores.shape[1], device=scores.device)
-    return (ordered << 32) - ids
+    return ordered.bitwise_left_shift_(32).sub_(ids)
 
 
 def plackett_luce_nll(

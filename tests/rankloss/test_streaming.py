@@ -189,7 +189,7 @@ def on_no_device(
     [
         (3, 4096, None, False, 400),
         (3, 512, None, False, 80),
-        (3, 512, 256, False, 80),
+        (3, 512, 256, False, 96),
         (1, 4096, None, True, 400),
         (1, 512, None, True, 80),
         (0, 512, None, True, 80),
