@@ -15,6 +15,9 @@ from rankloss.fusion.precision import can_read, full_dtype, without_autocast
 from rankloss.fusion.pyramid import SpatialPyramidPool1d
 from rankloss.fusion.refiner import SelfAttentionRefiner
 
+Tokens = Tensor | None
+"""(B, L, feature_dim) floating, or None where a tower has none."""
+
 
 class FusionOutput(NamedTuple):
     """Embeddings after an injection, and the gate that let it in.
@@ -230,8 +233,8 @@ class Injection(nn.Module):
         self,
         image_embedding: Tensor,
         text_embedding: Tensor,
-        image_features: Tensor | None = None,
-        text_features: Tensor | None = None,
+        image_features: Tokens = None,
+        text_features: Tokens = None,
         text_mask: Mask = None,
     ) -> DualFusion:
         """Inject each tower's features, with the other tower's embedding as partner.
