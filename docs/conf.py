@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-from pygments.lexers.special import TextLexer
 
 import rankloss
 
@@ -33,5 +32,4 @@ def show_as_written(
 
 
 def setup(app: Any) -> None:
-    app.add_lexer("mermaid", TextLexer)  # drawings on GitHub, their text here
     app.connect("autodoc-process-docstring", show_as_written)

@@ -238,3 +238,34 @@ def test_nothing_of_anchors_and_candidates_is_kept(
     value.backward()
     assert sum(saved.values()) < 16 * 4 * n * d
     assert 4 * recorder.largest <= streaming.CHUNK < 4 * n * n
+
+
+NO_LAUNCH = ("empty", "detach", "_unsafe_view", "new_empty_strided")
+
+
+class Launches(Peak):
+    """Counts operations that write numbers: neither views, nor allocations, nor empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        made = result if isinstance(result, tuple | list) else (result,)
+        returns = func._schema.returns
+        alias = returns[0].alias_info if returns else None
+        view = alias is not None and not alias.is_write
+        if not view and not any(name in func.name() for name in NO_LAUNCH):
+            self.count += any(isinstance(x, Tensor) and x.numel() > 0 for x in made)
+        return result
+
+
+def test_launches_of_a_step_at_512(h200: None) -> None:
+    """Kernels of ours and operations of PyTorch, forward and backward, tables in bfloat16."""
+    high_order = pytest.importorskip("rankloss.kernels.high_order")
+    step = on_no_device(HighOrderPLLoss(512, 3, impl="triton"), 512, dtype=torch.bfloat16)
+    with inside_ops(), without_kernels(high_order) as kernels_, Launches() as operations:
+        step()
+    assert kernels_.count == 2 * 4 * 5  # lists of a modality, kernels, chunks
+    assert operations.count <= 190
