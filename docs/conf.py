@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-
 import rankloss
 
 project = "rankloss"

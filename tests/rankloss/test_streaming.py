@@ -243,7 +243,7 @@ def test_nothing_of_anchors_and_candidates_is_kept(
 NO_LAUNCH = ("empty", "detach", "_unsafe_view", "new_empty_strided")
 
 
-class Launches(Peak):
+class Launches(Peak):  # type: ignore[no-untyped-call]
     """Counts operations that write numbers: neither views, nor allocations, nor empty tensors."""
 
     def __init__(self) -> None:
