@@ -19,8 +19,8 @@ from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
 from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import TrainSettings
-from examples.cc3m.step import Gradients
-from examples.common.checkpoint import Checkpoints
+from examples.cc3m.step import Gradients, TrainStep
+from examples.common.checkpoint import Checkpoint, Checkpoints
 from examples.common.files import UserError
 from examples.common.parallel import Parallel, running
 from examples.common.signals import Interrupted, StopRequest
@@ -304,6 +304,50 @@ def test_processes_stop_together_and_resume_exactly(
         assert losses == whole[0][0]
         for name, value in weights.items():
             assert torch.equal(value, whole[0][1][name]), name
+
+
+def spoil(module: nn.Module) -> None:
+    """Change the weights that the second process holds, whole ones or its shard."""
+    if dist.get_rank() == 1:
+        weight: Any = next(p for p in module.parameters() if p.dim() == 2)
+        with torch.no_grad():
+            getattr(weight, "_local_tensor", weight).mul_(2)
+
+
+def complaint_about_other_weights(folder: str, sharding: str, restored: bool) -> str:
+    """Weights of one process differ when they are built, or after the checkpoint was read."""
+    if restored:
+        run = trainer(folder, sharding=sharding)
+        run.saved.save(run.progress, wait=True)
+    restore, build = TrainStep.restore, towers
+
+    def spoilt_restore(step: TrainStep, found: Checkpoint) -> None:
+        restore(step, found)
+        spoil(step.towers)
+
+    def spoilt_towers(*arguments: Any) -> DinoRankCLIP:
+        made = build(*arguments)
+        spoil(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        if restored:
+            patch.setattr(TrainStep, "restore", spoilt_restore)
+        else:
+            patch.setitem(globals(), "towers", spoilt_towers)
+        with pytest.raises(UserError) as caught:
+            trainer(folder, sharding=sharding)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_processes_with_other_weights_are_told_apart(
+    two: ProcessGroup, tmp_path: Path, sharding: str, restored: bool
+) -> None:
+    """Of sharded parameters each holds a part, which must be one of what it built or read."""
+    for told in two.run(complaint_about_other_weights, str(tmp_path), sharding, restored):
+        assert "processes differ in step or weights" in told
 
 
 def count_steps(folder: str) -> int:

@@ -18,13 +18,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.cc3m import extract_dinov3
-from examples.cc3m.settings import parse
+from examples.cc3m.evaluation import Evaluator
+from examples.cc3m.recipe import build_tokenizer, build_transform
+from examples.cc3m.settings import EvaluationSettings, parse
 from examples.cc3m.train import main
 from examples.common.checkpoint import Checkpoint, Checkpoints
 from examples.common.files import UserError
+from examples.common.parallel import Parallel
+from examples.common.signals import StopRequest
 from rankloss import DinoRankCLIP
 from tests.helpers.programs import Programs, Running
 from tests.helpers.shards import write_classes, write_pairs
+from tests.helpers.tiny import TINY_CLIP
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -507,12 +512,19 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     assert extract_dinov3.main([shards, *teacher, "--resolution", "32"]) == 0
     small = ACT + "recipe.SMALL_STUDENT.update(tiny.TINY_STUDENT)\n"
     features = ("--recipe", "dinorankclip", "--features", str(work / "data" / "features"))
-    command = arguments(work, "whole_recipe", *features, "--train.epochs", "1", "--augment")
+    pairs = str(work / "heldout" / "{00000..00001}.tar")
+    measured = ("--train.epochs", "1", "--augment", "--evaluation.pairs", pairs)
+    command = arguments(work, "whole_recipe", *features, *measured)
     code, said = programs.run(command, work, small)
     assert code == 0, said
     trained = DinoRankCLIP.from_pretrained(work / "whole_recipe" / "export")
     assert trained.student is not None
-    assert trained.encode_image(torch.randn(2, 3, 32, 32)).shape == (2, 32)
+    transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
+    evaluator = Evaluator(EvaluationSettings(pairs=pairs), transform, tokenize, Parallel())
+    reported = json.loads((work / "whole_recipe" / "results.jsonl").read_text())
+    again = evaluator(trained.eval(), StopRequest())
+    assert again == pytest.approx({name: reported[name] for name in again}, abs=1e-5)
+    assert again.keys() | {"epoch", "step"} == reported.keys()
     history = last(work / "whole_recipe").state["progress"]["history"]
     assert {"gram_loss", "distance_loss", "angle_loss", "gate_loss"} < history.keys()
     marker = work / "whole_recipe" / "settings.json"
