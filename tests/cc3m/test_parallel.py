@@ -345,7 +345,7 @@ def complaint_about_other_weights(folder: str, sharding: str, restored: bool) ->
 def test_processes_with_other_weights_are_told_apart(
     two: ProcessGroup, tmp_path: Path, sharding: str, restored: bool
 ) -> None:
-    """Of sharded parameters each holds a part, which must be one of what it built or read."""
+    """Each holds a part of sharded parameters, which must be one of what it built or read."""
     for told in two.run(complaint_about_other_weights, str(tmp_path), sharding, restored):
         assert "processes differ in step or weights" in told
 
