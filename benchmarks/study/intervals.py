@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks.study.learnt import offset_share
 from benchmarks.study.measures import Result
-from benchmarks.study.questions import METRICS, QUESTIONS, TEST, Question
+from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, TEST, Question
 from benchmarks.study.rows import Row
 from benchmarks.study.settings import Scale, Trained
 from benchmarks.study.store import described, versions
@@ -44,8 +44,8 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def differs(found: dict[str, float]) -> bool:
-    """Say if both intervals exclude 0."""
-    if "low" not in found:
+    """Say if both intervals exclude 0, and there are enough seeds."""
+    if found["n"] < FEWEST:
         return False
     ends = [(found["low"], found["high"]), (found["t_low"], found["t_high"])]
     return all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends)

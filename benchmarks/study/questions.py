@@ -10,8 +10,10 @@ TEST = (
     "and their difference is taken seed by seed. The interval is the 95 % percentile bootstrap of "
     "the mean difference over seeds (10,000 resamples). With five seeds this interval is too "
     "narrow, so the 95 % paired t interval stands beside it, and a difference is called one only "
-    "if both intervals exclude 0."
+    "if both intervals exclude 0, and only from five seeds on."
 )
+FEWEST = 5
+"""Seeds from which on a difference may be called one."""
 
 
 @dataclass(frozen=True)

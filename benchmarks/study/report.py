@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.study.figures import draw_figures
 from benchmarks.study.intervals import Summary, summarise
 from benchmarks.study.measures import Result
-from benchmarks.study.questions import METRICS, QUESTIONS, Metric, Question
+from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, Metric, Question
 from benchmarks.study.rows import all_rows
 from benchmarks.study.settings import Scale
 from examples.common.files import read_json, write_text
@@ -120,8 +120,8 @@ def _count(by_key: dict[str, list[Summary]]) -> str:
 
 def verdict(metric: Metric, found: Summary) -> str:
     """Return in words what an interval says."""
-    if "low" not in found:
-        return "one seed, no interval"
+    if found["n"] < FEWEST:
+        return "too few seeds"
     if not found["differs"]:
         return "no difference shown"
     up = found["mean"] > 0
@@ -275,7 +275,7 @@ def _looked(question: Question, comparisons: Sequence[Summary]) -> Iterator[str]
     for ours, base in question.contrasts:
         own = [x for x in comparisons if (x["ours"], x["base"]) == (ours, base)]
         told = {x["metric"]: verdict(METRICS[x["metric"]], x) for x in own}
-        if not told or told.get(first.key) in (None, "better", "one seed, no interval"):
+        if not told or told.get(first.key) in (None, "better", "too few seeds"):
             continue
         groups: dict[str, list[str]] = {}
         for key, word in told.items():

@@ -166,7 +166,8 @@ def test_intervals_are_those_of_all_resamples_and_of_student() -> None:
         ([-0.1, -0.11, -0.12, -0.1, -0.09], "worse"),
         ([0.1, -0.1, 0.05, -0.04, 0.01], "no difference shown"),
         ([0.001, 0.3, 0.002, 0.001, 0.003], "no difference shown"),  # the bootstrap alone says yes
-        ([0.1], "one seed, no interval"),
+        ([0.1], "too few seeds"),
+        ([0.1, 0.11, 0.12, 0.1], "too few seeds"),
     ],
 )
 def test_a_difference_needs_both_intervals(values: list[float], word: str) -> None:
