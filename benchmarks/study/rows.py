@@ -44,7 +44,12 @@ def weighted(order: int, factor: float) -> Trained:
 def planted_rows() -> Iterator[Row]:
     for lists in LISTS:
         for order in PLANTED_ORDERS:
-            yield Row(f"planted-{order}-{lists}", Planted(order, lists), "planted", default=True)
+            yield Row(
+                f"planted-{order}-{lists}",
+                Planted(order=order, lists=lists),
+                "planted",
+                default=True,
+            )
 
 
 def main_rows() -> Iterator[Row]:

@@ -13,28 +13,28 @@ Objective = Literal["recipe", "two-captions", "alip", "two-views", "ito"]
 Teacher = Literal["self-distilled", "random", "none"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planted:
     """Rankings drawn from a process of known order.
 
     Args:
-        order: the planted one.
-        lists: rankings to fit to, a fifth of which chooses when to stop.
-        held_out: rankings to measure on.
         candidates, places: candidates, and how many of them each list ranks.
         dim, width: width of the candidates' embeddings, and of a transition term.
+        order: the planted one.
         strength: root mean square of the scores and of each transition term.
+        lists: rankings to fit to, a fifth of which chooses when to stop.
+        held_out: rankings to measure on.
         steps: at most so many of the optimizer.
     """
 
-    order: int
-    lists: int
-    held_out: int = 2048
     candidates: int = 12
     places: int = 6
     dim: int = 64
     width: int = 8
+    order: int
     strength: float = 1.0
+    lists: int
+    held_out: int = 2048
     steps: int = 150
 
 
@@ -84,10 +84,10 @@ class Scale:
         scenes: data; `omit` is the row's.
         model, student: architectures, as `examples.cc3m.recipe` has them.
         learning_rate, warmup, weight_decay: AdamW's, with a cosine after the warm-up.
-        probe_train, probe_test: scenes of each family that a probe learns from and is tested on.
-        probe_iterations: iterations of a probe's L-BFGS, at most.
         photo_margin: pixels by which a photograph is larger than its random crop.
         most_steps, most_batch, most_lists: limits of every row, for tests.
+        probe_train, probe_test: scenes of each family that a probe learns from and is tested on.
+        probe_iterations: iterations of a probe's L-BFGS, at most.
     """
 
     name: str = "cpu"
@@ -97,13 +97,13 @@ class Scale:
     learning_rate: float = 5e-4
     warmup: int = 40
     weight_decay: float = 0.1
-    probe_train: int = 600
-    probe_test: int = 300
-    probe_iterations: int = 300
     photo_margin: int = 8
     most_steps: int | None = None
     most_batch: int | None = None
     most_lists: int | None = None
+    probe_train: int = 600
+    probe_test: int = 300
+    probe_iterations: int = 300
 
     def limited(self, settings: Planted | Trained) -> Planted | Trained:
         """Return settings within the limits."""

@@ -43,14 +43,14 @@ class TrainSettings:
         ema_decay: decay of a moving average of the weights, for example 0.9999, which is saved,
             measured and exported beside them; 0 keeps none.
         precision: that of the model; amp_bf16 and amp_fp16 are autocast's.
+        most_skipped: steps in a row without finite loss and gradient before training gives up.
+        roll_back: times to go back to the last checkpoint instead of giving up, and to leave out
+            the batches that led there.
         sharding: ddp averages gradients; fsdp2 also shards parameters and optimizer.
         checkpoint_steps: steps between checkpoints.
         keep_checkpoints: how many stay.
         keep_epochs: also keep the checkpoint of every so many epochs for good; 0 keeps none.
         log_steps: steps between entries of the history.
-        most_skipped: steps in a row without finite loss and gradient before training gives up.
-        roll_back: times to go back to the last checkpoint instead of giving up, and to leave out
-            the batches that led there.
         seed: decides initialisation, order and augmentation.
     """
 
@@ -64,13 +64,13 @@ class TrainSettings:
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     precision: Precision = "fp32"
+    most_skipped: int = 10
+    roll_back: int = 0
     sharding: Sharding = "ddp"
     checkpoint_steps: int = 100
     keep_checkpoints: int = 2
     keep_epochs: int = 0
     log_steps: int = 1
-    most_skipped: int = 10
-    roll_back: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -132,7 +132,11 @@ def test_orders_and_weights_are_those_named() -> None:
 
 
 def test_runs_come_stage_by_stage_and_seed_by_seed() -> None:
-    rows = [Row("a", Planted(1, 9), "x"), Row("b", Planted(2, 9), "x"), Row("c", Trained(), "y")]
+    rows = [
+        Row("a", Planted(order=1, lists=9), "x"),
+        Row("b", Planted(order=2, lists=9), "x"),
+        Row("c", Trained(), "y"),
+    ]
     order = [(row.name, seed) for row, seed in in_order(rows, [0, 1])]
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 0), ("c", 1)]
 
@@ -219,7 +223,7 @@ def test_offset_share_tells_offsets_from_transitions() -> None:
 def test_planted_terms_have_the_strength_asked_for() -> None:
     generator = torch.Generator().manual_seed(2)
     candidates = F.normalize(torch.randn(12, 64, generator=generator), dim=1)
-    model = planted_model(Planted(3, 64, strength=1.5), candidates, generator)
+    model = planted_model(Planted(order=3, lists=64, strength=1.5), candidates, generator)
     scores, tables = model(candidates)
     assert tables is not None
     for term in (scores, *transition_terms(tables)):
