@@ -106,7 +106,10 @@ class RankingLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says about the loss."""
-        return {"order": self.rank_loss.order, "scale": round(float(self.log_scale.exp()), 2)}
+        return {
+            "order": self.rank_loss.order,
+            "scale": round(float(self.log_scale.detach().exp()), 2),
+        }
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {f"rank_loss.{k}": v for k, v in self.rank_loss.state_dict().items()}
