@@ -32,6 +32,7 @@ def nll(x: Lists) -> Tensor:
     for block in _blocks(x, _concatenate(x.keys)):
         for places in _place_tiles(block):
             _exponentials(block, places, value)
+    _replace_at_zero_keys(x, value)
     return value
 
 
@@ -51,6 +52,7 @@ def nll_and_gradients(upstream: Tensor, x: Lists) -> tuple[Tensor, Tensor, Tenso
     d_flat = torch.zeros_like(flat)
     for block in _blocks(x, flat):
         _add_gradients(block, upstream[block.rows], value, d_scores, d_predecessors, d_flat)
+    _replace_at_zero_keys(x, value, upstream, d_scores)
     d_keys = d_flat.view(-1, x.keys.shape[0], x.keys.shape[2]).transpose(0, 1).contiguous()
     return value, d_scores, d_predecessors, d_keys
 
@@ -80,6 +82,23 @@ def _first_order_gradient(x: Lists, shift: Tensor) -> Tensor:
     if rest is None:
         return torch.empty_like(x.scores).scatter_(1, x.ranking, mass)
     return rest.add_(log_mass[:, -1:]).exp_().scatter_(1, x.ranking, mass)
+
+
+def _replace_at_zero_keys(
+    x: Lists, value: Tensor, upstream: Tensor | None = None, d_scores: Tensor | None = None
+) -> None:
+    """Overwrite a higher order's values and gradient of scores, if all keys are zero.
+
+    They are order 1's then, and rounding in tiles must not tell them apart.
+    """
+    moved = x.keys.any()
+    if moved.is_cpu and moved:  # elsewhere nothing waits to know
+        return
+    first, shift = _first_order(x)
+    torch.where(moved, value, first, out=value)
+    if upstream is not None and d_scores is not None:
+        gradient = _first_order_gradient(x, shift).mul_(upstream[:, None])
+        torch.where(moved, d_scores, gradient, out=d_scores)
 
 
 def _unranked(scores: Tensor, ranking: Tensor) -> Tensor | None:

@@ -4,6 +4,9 @@ Without transitions the remaining mass of place k is a suffix sum, sum over j >=
 and the gradient a prefix sum, exp(s_j) * sum over k <= j of w_k exp(-lse_k). Both run as scans of
 (maximum, scaled sum) pairs: no difference of sums anywhere, so nothing cancels at any scale.
 Candidates outside the ranking (K < M) enter both as one total. One program owns one anchor.
+
+A higher order whose keys are all zero is order 1, and has its bits: `replace_at_zero_keys` launches
+the same kernels behind the tiles', gated by the keys, so that nothing waits to know.
 """
 
 import torch
@@ -36,11 +39,16 @@ def forward_kernel(
     weights,  # (K,) float32
     lse,  # out (N, K) float32, in binary orders; +inf for places that do not count
     nll,  # out (N,) float32
+    moved,  # 0-D uint8; GATED
     K,
     M,
     B: tl.constexpr,
     COMPLETE: tl.constexpr,
+    GATED: tl.constexpr,
 ):
+    if GATED:  # noqa: SIM102 - compiled only where it is so
+        if tl.load(moved) != 0:
+            return
     i = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, B)
     top = tl.full((1,), float("-inf"), tl.float32)
@@ -83,11 +91,16 @@ def backward_kernel(
     weights,
     lse,
     d_scores,  # out (N, M) float32
+    moved,  # 0-D uint8; GATED
     K,
     M,
     B: tl.constexpr,
     COMPLETE: tl.constexpr,
+    GATED: tl.constexpr,
 ):
+    if GATED:  # noqa: SIM102 - compiled only where it is so
+        if tl.load(moved) != 0:
+            return
     i = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, B)
     upstream = tl.load(grad + i)
@@ -121,35 +134,37 @@ def backward_kernel(
 
 def nll(x: Lists) -> Tensor:
     """sum_k w_k l_ik, (N,)."""
-    return _forward(x, _places(x))[0]
+    value = x.scores.new_zeros(len(x.scores))
+    _forward(x, _places(x), value)
+    return value
 
 
 def nll_and_gradients(upstream: Tensor, x: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, and the gradients of sum_i upstream_i nll_i; those of the tables are empty."""
-    places = _places(x)
-    value, lse = _forward(x, places)
+    places, value = _places(x), x.scores.new_zeros(len(x.scores))
     d_scores = torch.empty_like(x.scores)
-    if x.scores.numel():
-        with on_device_of(x.scores):
-            backward_kernel[(len(value),)](
-                upstream,
-                x.scores,
-                x.ranking,
-                places,
-                x.weights,
-                lse,
-                d_scores,
-                *_sizes(x),
-                **_constants(x),
-            )
-    tables = (torch.empty_like(t, dtype=lse.dtype) for t in (x.predecessors, x.keys))
+    _backward(upstream, x, places, _forward(x, places, value), d_scores)
+    tables = (torch.empty_like(t, dtype=value.dtype) for t in (x.predecessors, x.keys))
     d_predecessors, d_keys = tables
     return value, d_scores, d_predecessors, d_keys
 
 
-def _forward(x: Lists, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Values, and log-sum-exps (N, K) in binary orders."""
-    value, lse = x.scores.new_empty(len(x.scores)), x.scores.new_empty(x.ranking.shape)
+def replace_at_zero_keys(
+    x: Lists, value: Tensor, upstream: Tensor | None = None, d_scores: Tensor | None = None
+) -> None:
+    """Overwrite a higher order's (N,) values, and its gradient of scores, if all keys are zero.
+
+    They are order 1's then, and rounding in tiles must not tell them apart.
+    """
+    moved, places = x.keys.any().view(torch.uint8), _places(x)
+    lse = _forward(x, places, value, moved)
+    if upstream is not None and d_scores is not None:
+        _backward(upstream, x, places, lse, d_scores, moved)
+
+
+def _forward(x: Lists, places: Tensor, value: Tensor, moved: Tensor | None = None) -> Tensor:
+    """Fill `value`; return log-sum-exps (N, K) in binary orders. Nothing is filled if `moved`."""
+    lse = x.scores.new_empty(x.ranking.shape)
     if x.scores.numel():
         with on_device_of(x.scores):
             forward_kernel[(len(value),)](
@@ -160,19 +175,45 @@ def _forward(x: Lists, places: Tensor) -> tuple[Tensor, Tensor]:
                 x.weights,
                 lse,
                 value,
+                x.lengths if moved is None else moved,
                 *_sizes(x),
-                **_constants(x),
+                **_constants(x, moved),
             )
-    return value.zero_() if x.scores.shape[1] == 0 else value, lse
+    return lse
+
+
+def _backward(
+    upstream: Tensor,
+    x: Lists,
+    places: Tensor,
+    lse: Tensor,
+    d_scores: Tensor,
+    moved: Tensor | None = None,
+) -> None:
+    """Fill `d_scores`, unless `moved`."""
+    if x.scores.numel():
+        with on_device_of(x.scores):
+            backward_kernel[(len(lse),)](
+                upstream,
+                x.scores,
+                x.ranking,
+                places,
+                x.weights,
+                lse,
+                d_scores,
+                x.lengths if moved is None else moved,
+                *_sizes(x),
+                **_constants(x, moved),
+            )
 
 
 def _sizes(x: Lists) -> tuple[int, int]:
     return x.ranking.shape[1], x.scores.shape[1]
 
 
-def _constants(x: Lists) -> dict[str, int | bool]:
+def _constants(x: Lists, moved: Tensor | None) -> dict[str, int | bool]:
     k, m = _sizes(x)
-    return {"B": _block(k), "COMPLETE": k == m}
+    return {"B": _block(k), "COMPLETE": k == m, "GATED": moved is not None}
 
 
 def _block(k: int) -> int:

@@ -145,32 +145,40 @@ def _check(x: Lists, anchor_weights: Tensor | None) -> None:
 # ---------------------------------------------------------------- registration
 
 
-def _module(impl: str, x: Lists) -> ModuleType:
-    """The module with `nll` and `nll_and_gradients`; Triton is imported when first used."""
-    if impl == "blocked":
-        return blocked
-    if len(x.keys):
-        from rankloss.kernels import high_order
-
-        return high_order
-    from rankloss.kernels import first_order
-
-    return first_order
-
-
 def _run_nll(*args: Any) -> Tensor:
     x, impl = Lists(*(t.contiguous() for t in args[:-1])), args[-1]
     with outside_autocast(x.scores):
-        nll: Tensor = _module(impl, x).nll(x)
-    return nll
+        if impl == "blocked":
+            return blocked.nll(x)
+        first_order, tiles = _triton(x)
+        value: Tensor = tiles.nll(x)
+        if tiles is not first_order:
+            first_order.replace_at_zero_keys(x, value)
+    return value
 
 
 def _run_gradients(upstream: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, impl = Lists(*(t.contiguous() for t in args[:-1])), args[-1]
+    upstream = upstream.contiguous()
     with outside_autocast(x.scores):
-        found: tuple[Tensor, Tensor, Tensor, Tensor]
-        found = _module(impl, x).nll_and_gradients(upstream.contiguous(), x)
+        if impl == "blocked":
+            return blocked.nll_and_gradients(upstream, x)
+        first_order, tiles = _triton(x)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = tiles.nll_and_gradients(upstream, x)
+        if tiles is not first_order:
+            first_order.replace_at_zero_keys(x, found[0], upstream, found[1])
     return found
+
+
+def _triton(x: Lists) -> tuple[ModuleType, ModuleType]:
+    """The module of order 1, and that of the lists' order; Triton is imported when first used."""
+    from rankloss.kernels import first_order
+
+    if len(x.keys) == 0:
+        return first_order, first_order
+    from rankloss.kernels import high_order
+
+    return first_order, high_order
 
 
 _nll = torch.library.custom_op(

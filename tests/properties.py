@@ -135,7 +135,10 @@ def assert_zero_keys_leave_order_one(p: Problem, impl: str) -> None:
     assert p.transitions is not None
     plain = p._replace(transitions=None)
     zero = p._replace(transitions=p.transitions._replace(keys=0 * p.transitions.keys))
-    assert_same(value_and_gradients(zero, impl)[:2], value_and_gradients(plain, impl), p)
+    for a, b in zip(
+        value_and_gradients(zero, impl), value_and_gradients(plain, impl), strict=False
+    ):
+        assert torch.equal(a, b)  # to the last bit: an order starts as the one below
 
 
 def assert_zero_terms_lower_the_order(p: Problem, terms: int, impl: str) -> None:

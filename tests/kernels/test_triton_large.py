@@ -290,10 +290,10 @@ def test_first_order() -> None:
 
     def launch(n: int) -> dict[str, Tensor]:
         out = {"lse": huge(torch.zeros(1, K), n), "nll": huge(torch.zeros(1, 1), n)}
-        constants: dict[str, Any] = {"B": 32, "COMPLETE": True}
+        constants: dict[str, Any] = {"B": 32, "COMPLETE": True, "GATED": False}
         scores, ranking, places, lengths, weights = inputs_of(x, n)
         first_order.forward_kernel[(1,)](
-            scores, ranking, places, lengths, weights, *out.values(), K, M, **constants
+            scores, ranking, places, lengths, weights, *out.values(), lengths, K, M, **constants
         )
         out["d_scores"] = huge(torch.zeros(1, M), n)
         first_order.backward_kernel[(1,)](
@@ -304,6 +304,7 @@ def test_first_order() -> None:
             weights,
             out["lse"],
             out["d_scores"],
+            lengths,
             K,
             M,
             **constants,

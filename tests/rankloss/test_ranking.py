@@ -185,19 +185,15 @@ def test_members_of_the_family_have_their_order() -> None:
 @pytest.mark.parametrize("order", [2, 3, 5])
 @each_implementation
 def test_any_order_starts_bit_for_bit_as_order_one(order: int, impl: str) -> None:
-    """Streaming, order 1 is a scan and order R tiles: they may differ by rounding."""
+    """Value and gradients to the embeddings, though order 1 is a scan and order R tiles."""
     for seed in range(4):
         image, text = features(33, seed=seed, dtype=torch.float32)
         values, gradients = [], []
         for loss in (RankCLIPLoss(impl=impl), HighOrderPLLoss(8, order, impl=impl)):
             values.append(loss(image, text, 14.3))
             gradients.append(torch.stack(torch.autograd.grad(values[-1], (image, text))))
-        torch.testing.assert_close(*values, rtol=torch.finfo(torch.float32).eps, atol=0)
-        if impl == "reference":
-            assert torch.equal(*values)
-            assert torch.equal(*gradients)
-        spacing = torch.finfo(torch.float32).eps * gradients[0].abs().max()
-        assert (gradients[0] - gradients[1]).abs().max() <= 4 * spacing
+        assert torch.equal(*values)
+        assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
