@@ -27,6 +27,7 @@ from rankloss.transitions import Transitions
 
 CHUNK = 20 << 20  # bytes alive at a time for some anchors' scores, rankings and gradients
 ENTRY = 40  # of them a row and candidate, of both blocks
+WHOLE = 80 << 20  # bytes for the scores of all anchors, where both blocks can share them
 
 LEAVES = Pairs._fields.index("labels")  # the tensors before it receive gradient
 
@@ -55,10 +56,18 @@ def loss_of_pairs(x: Pairs, terms: Terms) -> Tensor:
 class _Block:
     """Some rows' scores of all candidates, and what becomes of their gradient."""
 
-    def __init__(self, anchors: Tensor, candidates: Tensor, scale: Tensor) -> None:
-        self.anchors, self.candidates = anchors, candidates
-        self.scores = exact_product(anchors, candidates.T).mul_(scale)
+    def __init__(self, anchors: Tensor, candidates: Tensor, scores: Tensor) -> None:
+        self.anchors, self.candidates, self.scores = anchors, candidates, scores
         self.gradient: Tensor | None = None
+
+    @classmethod
+    def of(cls, anchors: Tensor, candidates: Tensor, scale: Tensor) -> "_Block":
+        """Score the candidates."""
+        return cls(anchors, candidates, exact_product(anchors, candidates.T).mul_(scale))
+
+    def transposed(self) -> "_Block":
+        """Let the candidates score the anchors."""
+        return _Block(self.candidates, self.anchors, self.scores.T)
 
     def add(self, rows: slice, gradient: Tensor) -> None:
         """Add the gradient of some rows; it may be overwritten from now on."""
@@ -92,7 +101,7 @@ class Stream:
         n, halves = len(self.x.labels), self.terms.across + self.terms.within
         if halves:
             anchor = ENTRY * halves * max(1, len(self.x.texts))
-            step = max(1, CHUNK // anchor)
+            step = max(1, n if self.shares_scores else CHUNK // anchor)
             for start in range(0, n, step):
                 self._add(slice(start, min(start + step, n)))
         leaves = self.given[:LEAVES]
@@ -102,14 +111,24 @@ class Stream:
         gradients = (none(0) if g is None or t is None else g for t, g in pairs)
         return self.contrastive + self.ranking, *gradients
 
+    @property
+    def shares_scores(self) -> bool:
+        """Say if one block's scores are the other's, transposed, and all of them fit at once."""
+        x, n = self.given, len(self.x.labels)
+        alone = x.image_anchors is None and x.text_anchors is None
+        fits = ENTRY // 2 * n * n <= WHOLE
+        return alone and self.terms.two_sided and not self.terms.within and fits
+
     def _add(self, at: slice) -> None:
         """Add some anchors' terms to the value and to the gradients."""
         x, terms, labels = self.x, self.terms, self.x.labels[at]
         rows = Rows.of(terms, len(labels))
         images, texts = self.image_anchors[at], self.text_anchors[at]
-        blocks = [_Block(rows.stacked(images, texts), x.texts, x.scale)]
-        if terms.two_sided:
-            blocks.append(_Block(rows.stacked(texts, images), x.images, x.scale))
+        blocks = [_Block.of(rows.stacked(images, texts), x.texts, x.scale)]
+        if self.shares_scores:
+            blocks.append(blocks[0].transposed())
+        elif terms.two_sided:
+            blocks.append(_Block.of(rows.stacked(texts, images), x.images, x.scale))
         positives = positive_mask(x.ids, labels)
         if terms.ranks:
             self._add_rankings(blocks, rows.ranked, labels, positives)
@@ -121,6 +140,9 @@ class Stream:
             self._add_cyclic(blocks, rows)
         if self.wanted:
             anchors = [d[at] for d in self.d_anchors]
+            if self.shares_scores and blocks[1].gradient is not None:
+                blocks[0].add(slice(None), blocks[1].gradient.T)
+                blocks[1].gradient = None
             _contract(blocks[0], rows, anchors, self.d_texts)
             if terms.two_sided:
                 _contract(blocks[1], rows, anchors[::-1], self.d_images)

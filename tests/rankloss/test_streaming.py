@@ -80,6 +80,7 @@ def test_equals_the_plain_loss(
 ) -> None:
     """Each value with gradients of its own, their sum with one set; backward twice, and tripled."""
     monkeypatch.setattr(streaming, "CHUNK", anchors * 2 * 9 * streaming.ENTRY)
+    monkeypatch.setattr(streaming, "WHOLE", streaming.WHOLE * (anchors == 9))
     results = []
     for impl in ("reference", "blocked"):
         loss = make(impl).double()
@@ -224,6 +225,7 @@ def test_nothing_of_anchors_and_candidates_is_kept(
 ) -> None:
     """Between the passes there are features only, in them no tensor larger than a chunk."""
     monkeypatch.setattr(streaming, "CHUNK", 1 << 18)
+    monkeypatch.setattr(streaming, "WHOLE", 0)
     n, d = 300, 4
     image, text = features(n, d, dtype=torch.float32)
     saved: dict[int, int] = {}
