@@ -200,14 +200,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     BANNED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
-    def __init__(self) -> None:
+    def __init__(self, *allowed: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.banned = set(self.BANNED) - set(allowed)
         self.names: list[str] = []
         self.copies: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0]
-        assert name not in self.BANNED, f"{name} would synchronise"
+        assert name not in self.banned, f"{name} would synchronise"
         result = func(*args, **(kwargs or {}))
         self.names.append(name)
         if isinstance(result, Tensor) and result.is_meta:
@@ -240,7 +241,9 @@ def test_a_step_never_waits_for_the_device(
         if not watched:
             loss(image, text, scale, **ids).backward()
             continue
-        with inside_ops(), Watch() as watch:
+        # on a CPU a value may be read, which costs no waiting; without memory, none can be
+        allowed = ["_local_scalar_dense"] if device == "cpu" else []
+        with inside_ops(), Watch(*allowed) as watch:
             loss(image, text, scale, **ids).backward()
         assert "mm" in watch.names
         assert not watch.copies
