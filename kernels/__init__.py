@@ -10,7 +10,7 @@ any other name takes that one or raises an error saying why it cannot run here.
 
 from rankloss.kernels.dispatch import IMPLEMENTATIONS, check_impl, choose, why_not
 from rankloss.kernels.gram_distance import gram_distance
-from rankloss.kernels.plackett_luce import plackett_luce, total_and_gradients
+from rankloss.kernels.plackett_luce import plackett_luce, values_and_gradients
 from rankloss.kernels.signature import Lists
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "choose",
     "gram_distance",
     "plackett_luce",
-    "total_and_gradients",
+    "values_and_gradients",
     "why_not",
 ]

@@ -16,8 +16,8 @@ places that do not count +inf: then no tile but the diagonal's is masked, and pr
 Numbers. Logarithms are binary. dQ is w (sum_j p_j C_j - C_taken), subtracted in float32 before any
 rounding, for a confident place's gradient is the small difference of the two; so is p - w on the
 diagonal. The running maximum starts at -1e38, not -inf: no infinities are subtracted. Weights
-are divided by the heaviest, and with tables of half precision p carries a factor 2^LIFT in the
-backward pass: both keep products within range. No atomics: results repeat bit for bit.
+are near 1, for which callers see, and with tables of half precision p carries a factor 2^LIFT in
+the backward pass: both keep products within range. No atomics: results repeat bit for bit.
 """
 
 import math
@@ -174,7 +174,7 @@ def forward_kernel(
     rest_keys,  # (rest_padded, W); natural walk
     rest_scores,  # (chunk, rest_padded), ranked candidates at -inf; natural walk
     lengths,  # (N,) int64
-    weights,  # (places_padded,) float32, at most 1, 0 beyond K
+    weights,  # (places_padded,) float32, the heaviest near 1, 0 beyond K
     nll,  # out (N, place tiles): sums of w l over a tile's places
     shifted,  # out (chunk, places_padded): log-sum-exp - log2(w) - LIFT, +inf where nothing counts
     dQ,  # out (chunk, places_padded, W): w (sum_j p_j C_j - C_taken); GRAD
@@ -397,8 +397,8 @@ def collect_kernel(
     predecessors,
     dQ,
     dC,
-    d_predecessors,  # in and out (R(R-1)/2, M, r) float32
-    d_keys,  # in and out (R-1, M, r) float32
+    d_predecessors,  # in and out (R(R-1)/2, M, r) float32; out where `first` is 0
+    d_keys,  # in and out (R-1, M, r) float32; the same
     first,
     listing_first,
     anchors,
@@ -458,7 +458,8 @@ def collect_kernel(
                     out = d_predecessors
                     out += ((term * (term - 1) // 2 + back - 1) * big + a)[:, None] * r
                 out += component[None, :]
-                tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
+                before = tl.load(out, mask=inside & (first > 0), other=0.0)
+                tl.store(out, before + acc, mask=inside)
 
 
 def collect_blocks(r: int) -> dict[str, int]:
@@ -473,6 +474,7 @@ def collect_blocks(r: int) -> dict[str, int]:
 
 SMALL_CHUNK = 56 << 20  # bytes of a chunk's buffers when five of them are enough: few launches
 LARGE_CHUNK = 30 << 20  # the same when it takes more: they stay in a GPU's L2 cache
+MOST = 96 << 20  # the same for many scores, of which it may be five floats each: few launches
 LONG = 1 << 20  # bytes of an anchor's buffers from which on few anchors occupy a GPU
 GROUPS = 256  # programs among which the gradient of the rest's keys is shared, about
 PREPARED_ROWS = 32  # positions that one program prepares, at most
@@ -510,11 +512,16 @@ class Sizes(NamedTuple):
 
     def chunk(self, element: int, gradients: bool) -> int:
         """Anchors prepared at a time, for tables of so many bytes a number."""
-        rows = (self.padded + self.places) * (2 if gradients else 1)  # Q, C, dQ, dC
+        own = 2 if self.width > self.block else 1  # else dC stands where C was
+        rows = self.padded + self.places  # C, Q
+        rows = self.padded * own + self.places * 2 if gradients else rows
         row = rows * self.width * element + 4 * (self.padded + self.places + self.rest)
         row += (4 + 20 * self.completed) * self.m  # places, and what completes a ranking
         few = row <= LONG and self.n * row <= 5 * SMALL_CHUNK
-        budget = SMALL_CHUNK if few else LARGE_CHUNK
+        large = LARGE_CHUNK
+        if gradients:
+            large = max(large, min(MOST, 5 * 4 * self.n * self.m))
+        budget = SMALL_CHUNK if few else large
         most = max(1, min(self.n, budget // row))
         return triton.cdiv(self.n, triton.cdiv(self.n, most)) if self.n else 1
 
@@ -576,17 +583,17 @@ class _Call:
         width = x.keys.shape[0] * x.keys.shape[2]
         self.plan = plan_for(x.scores.device, x.keys.dtype, width, x.ranking.shape[1])
         self.size = size = sizes_of(x, self.plan)
-        self.heaviest = x.weights.max().clamp(min=torch.finfo(torch.float32).tiny)
-        padding = (0, size.places - size.k)
-        self.weights = torch.nn.functional.pad(x.weights / self.heaviest, padding)
+        padding = size.places - size.k
+        self.weights = torch.nn.functional.pad(x.weights, (0, padding)) if padding else x.weights
         self.rest_keys = x.keys if size.ranked else _rest_keys(x.keys, size)
         self.partial = x.scores.new_empty(size.n, size.places // self.plan.forward.places)
         self.grads = upstream is not None
         if upstream is not None:
-            self.upstream = upstream * self.heaviest
+            self.upstream = upstream
             self.d_scores = torch.empty_like(x.scores)
-            self.d_predecessors = torch.zeros_like(x.predecessors, dtype=torch.float32)
-            self.d_keys = torch.zeros_like(x.keys, dtype=torch.float32)
+            make = torch.empty_like if size.n else torch.zeros_like  # the first chunk writes all
+            self.d_predecessors = make(x.predecessors, dtype=torch.float32)
+            self.d_keys = make(x.keys, dtype=torch.float32)
             shape = (self._groups(), size.rest, size.width)
             self.d_rest = torch.zeros(shape, dtype=torch.float32, device=x.scores.device)
 
@@ -596,7 +603,7 @@ class _Call:
         with on_device_of(self.x.scores):
             for first in range(0, self.size.n, step):
                 self._run_chunk(first, min(step, self.size.n - first))
-        return self.partial.sum(1) * self.heaviest
+        return self.partial.sum(1)
 
     def _run_chunk(self, first: int, anchors: int) -> None:
         """Fill some anchors' share; their buffers are free again before the next ones'."""
@@ -709,7 +716,8 @@ class _Call:
     def _backward(self, chunk: _Chunk, shifted: Tensor) -> Tensor:
         """dC; fills the list's part of the chunk's rows of `d_scores`."""
         size, tile = self.size, self.plan.backward
-        dC = torch.empty_like(chunk.C)
+        # a program reads the keys of its own rows alone, unless it makes some columns of several
+        dC = chunk.C if self._blocks() == 1 else torch.empty_like(chunk.C)
         backward_kernel[(chunk.programs(size.padded, tile.candidates), self._blocks())](
             chunk.Q,
             chunk.C,

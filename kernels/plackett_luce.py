@@ -66,9 +66,13 @@ def plackett_luce(
     given = Lists(scores, ranking, lengths, weights.detach(), predecessors, keys)
     _check(given, anchor_weights)
     x, chosen = _prepared(given, impl)
+    heaviest = x.weights.new_ones(())
+    if chosen == "triton" and x.weights.numel():  # whose kernels multiply halves by weights
+        heaviest = x.weights.max().clamp(min=torch.finfo(x.weights.dtype).tiny)
+        x = x._replace(weights=x.weights / heaviest)
     if anchor_weights is None:
-        return _each(x, chosen)
-    anchor_weights = anchor_weights.detach().to(x.scores.dtype)
+        return _each(x, chosen) * heaviest
+    anchor_weights = anchor_weights.detach().to(x.scores.dtype) * heaviest
     differentiable = (x.scores, x.predecessors, x.keys)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if chosen == "reference" or not wanted:
@@ -78,22 +82,21 @@ def plackett_luce(
     return total
 
 
-def total_and_gradients(
+def values_and_gradients(
     x: Lists, anchor_weights: Tensor, impl: str, *, wanted: bool
 ) -> tuple[Tensor, ...]:
-    """Value of `plackett_luce` with `anchor_weights` and, if wanted, its gradients.
+    """Values of `plackett_luce` and, if wanted, gradients of their sum with `anchor_weights`.
 
-    For implementations of other ops: neither autograd nor the dispatcher take part.
+    For implementations of other ops: neither autograd nor the dispatcher take part. The heaviest
+    of the places' weights is to be near 1: kernels multiply halves by them.
 
     Returns:
-        The scalar, then the gradients of scores, predecessors and keys, in its dtype.
+        (N,) values, then the gradients of scores, predecessors and keys, in their dtype.
     """
     x, chosen = _prepared(x, impl)
-    anchor_weights = anchor_weights.to(x.scores.dtype)
     if not wanted:
-        return (_run_nll(*x, chosen).dot(anchor_weights),)
-    nll, *gradients = _run_gradients(anchor_weights, *x, chosen)
-    return (nll.dot(anchor_weights), *gradients)
+        return (_run_nll(*x, chosen),)
+    return _run_gradients(anchor_weights.to(x.scores.dtype), *x, chosen)
 
 
 def _prepared(x: Lists, impl: str) -> tuple[Lists, str]:

@@ -92,7 +92,7 @@ def info_nce_and_gradient(
     own = labels[:, None]
     if positives is None:
         log_p = scores.log_softmax(1)
-        total = -log_p.gather(1, own).sum()
+        total = F.nll_loss(log_p, labels, reduction="sum")
         return total, log_p.exp_().scatter_add_(1, own, scores.new_full((), -1.0).expand_as(own))
     negatives = scores.masked_fill(positives, -torch.inf)
     lse = negatives.logsumexp(1, keepdim=True)

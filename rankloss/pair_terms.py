@@ -18,7 +18,7 @@ from rankloss.clip import positive_mask
 from rankloss.distributed import GlobalBatch
 from rankloss.kernels import Lists
 from rankloss.options import Discount
-from rankloss.plackett_luce import rankings, weighted_lists
+from rankloss.plackett_luce import Places, all_places, first_places, lists_of, rankings
 from rankloss.transitions import Transitions
 
 
@@ -154,18 +154,26 @@ class Rows(NamedTuple):
         ranked = slice(0 if terms.cross_modal else middle, end if terms.in_modal else middle)
         return cls(slice(0, middle), slice(middle, end), ranked)
 
-    def stacked(self, across: Tensor, within: Tensor) -> Tensor:
-        """Stack what belongs to either half, without the half that no term needs."""
+    def stacked(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Anchors of the rows against texts, and against images; no half that no term needs."""
         if self.within.start == self.within.stop:
-            return across
-        return torch.cat([across, within]) if self.across.stop else within
+            return images, texts
+        if not self.across.stop:
+            return texts, images
+        both = torch.cat([images, texts, images])
+        return both[: self.within.stop], both[self.across.stop :]
 
 
-def anchor_shares(x: Pairs, terms: Terms, anchors: int, dtype: torch.dtype) -> Tensor:
-    """Weight of each ranked row's likelihood in the loss, ramp included, (rows,)."""
-    weights = [w / 2 / max(len(x.labels), 1) for w in (terms.cross_modal, terms.in_modal) if w]
-    shares = [torch.full((anchors,), w, dtype=dtype, device=x.labels.device) for w in weights]
-    share = torch.cat(shares) if len(shares) > 1 else shares[0]
+def anchor_shares(
+    x: Pairs, terms: Terms, anchors: int, dtype: torch.dtype, total: Tensor | int = 1
+) -> Tensor:
+    """Weight of each ranked row's likelihood in the loss, ramp included, over `total`: (rows,)."""
+    divisor = 2 * max(len(x.labels), 1) * (total if isinstance(total, int) else 1)
+    weights = [w / divisor for w in (terms.cross_modal, terms.in_modal) if w]
+    share = torch.full((len(weights) * anchors,), weights[0], dtype=dtype, device=x.labels.device)
+    if weights[-1] != weights[0]:
+        share[anchors:] = weights[-1]
+    share = share if isinstance(total, int) else share / total
     return share if x.ramp is None else share * x.ramp.to(dtype)
 
 
@@ -208,19 +216,32 @@ def _stacked_masks(
     return torch.cat([given.new_ones(shape) if x is None else x for x in (across, within)])
 
 
-def ranked_lists(
-    scores: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    transitions: Transitions | None,
-    shares: Tensor,
-    terms: Terms,
-) -> tuple[Lists, Tensor]:
-    """Lists that should rank as `target` does, and their weights, for `kernels.plackett_luce`."""
-    lengths = None
-    if mask is not None:
-        scores, target = (x.masked_fill(~mask, -torch.inf) for x in (scores, target))
-        lengths = mask.sum(1)  # the others are ranked last
-    ranking = rankings(target, terms.top_k).int()
-    lists, total = weighted_lists(scores, ranking, lengths, transitions, discount=terms.discount)
-    return lists, shares if total is None else shares / total
+class RankedLists:
+    """Makes the lists of some anchors' rows; what the sides share is made once."""
+
+    def __init__(self, x: Pairs, terms: Terms, anchors: int, columns: int) -> None:
+        self._x, self._terms, self._anchors = x, terms, anchors
+        self._dtype, self._device = x.scale.dtype, x.labels.device
+        self._places = columns if terms.top_k is None else min(terms.top_k, columns)
+        self._whole: tuple[Places, Tensor] | None = None
+
+    def make(
+        self, scores: Tensor, target: Tensor, mask: Tensor | None, tables: Transitions | None
+    ) -> tuple[Lists, Tensor]:
+        """Lists that should rank as `target` does, and their weights in the loss, (rows,)."""
+        k, discount = self._places, self._terms.discount
+        if mask is None:
+            if self._whole is None:
+                rows = all_places(len(scores), k, discount, self._dtype, self._device)
+                self._whole = rows, self._shares(rows)
+            places, shares = self._whole
+        else:
+            scores, target = (x.masked_fill(~mask, -torch.inf) for x in (scores, target))
+            # the others are ranked last
+            places = first_places(mask.sum(1), k, discount, self._dtype)
+            shares = self._shares(places)
+        ranking = rankings(target, self._terms.top_k).int()
+        return lists_of(scores, ranking, places, tables), shares
+
+    def _shares(self, places: Places) -> Tensor:
+        return anchor_shares(self._x, self._terms, self._anchors, self._dtype, places.total)

@@ -5,6 +5,8 @@ standing there must win a softmax over all candidates not yet taken, whose utili
 scores plus, from order 2 on, terms that depend on which candidates were taken just before.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -146,42 +148,57 @@ def ranked_nll(
     without a `divisor`; else their sum over it (over 1, if it is 0), whose gradients are made
     together with the value.
     """
-    lists, total = weighted_lists(scores, ranking, lengths, transitions, discount=discount)
+    (n, k), dtype = ranking.shape, _compute_dtype(scores, *(transitions or ()))
+    if lengths is None:
+        places = all_places(n, k, discount, dtype, scores.device)
+    else:
+        places = first_places(lengths, k, discount, dtype)
+    lists = lists_of(scores, ranking, places, transitions)
     if divisor is None:
-        each = kernels.plackett_luce(*lists, impl)
-        return each if total is None else each / total
+        return kernels.plackett_luce(*lists, impl) / places.total
     least = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
-    share = lists.weights.new_ones(len(ranking)) / (least if total is None else least * total)
+    share = places.weights.new_ones(n) / (least * places.total)
     return kernels.plackett_luce(*lists, impl, share)
 
 
-def weighted_lists(
-    scores: Tensor,
-    ranking: Tensor,
-    lengths: Tensor | None,
-    transitions: Transitions | None,
-    *,
-    discount: Discount,
-) -> tuple[kernels.Lists, Tensor | None]:
-    """Arguments of the op, and what its likelihoods are still to be divided by, (N,), if anything.
+class Places(NamedTuple):
+    """Places of rankings that count.
 
-    Of `lengths` (N,), those beyond K count as K; None means all K places count.
+    Attributes:
+        lengths: (N,) int64, how many of each row.
+        weights: (K,), of all.
+        total: sum of a row's weights, (N,) or 0-D or a number; 1 where no place counts.
     """
-    n, k = ranking.shape
-    predecessors, keys = transitions or _no_transitions(scores)
-    dtype = torch.promote_types(
-        _compute_dtype(scores), torch.promote_types(predecessors.dtype, keys.dtype)
-    )
-    weights, total = _place_weights(k, discount, dtype, scores.device), None
-    if lengths is None:
-        lengths = torch.full((n,), k, dtype=torch.int64, device=scores.device)
-        weights = weights / weights.sum()
-    else:
-        lengths = lengths.clamp(max=k)
-        counts = torch.arange(k, device=scores.device) < lengths[:, None]
-        total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
-        total = torch.where(lengths > 0, total, 1.0)
-    return kernels.Lists(scores, ranking, lengths, weights, predecessors, keys), total
+
+    lengths: Tensor
+    weights: Tensor
+    total: Tensor | int
+
+
+def all_places(
+    n: int, k: int, discount: Discount, dtype: torch.dtype, device: torch.device
+) -> Places:
+    """Return the places of n rankings all K of which count."""
+    weights = _place_weights(k, discount, dtype, device)
+    lengths = torch.full((n,), k, dtype=torch.int64, device=device)
+    return Places(lengths, weights, max(k, 1) if discount == "none" else weights.sum())
+
+
+def first_places(lengths: Tensor, k: int, discount: Discount, dtype: torch.dtype) -> Places:
+    """Return the first `lengths` (N,) of K places; those beyond K count as K."""
+    weights = _place_weights(k, discount, dtype, lengths.device)
+    lengths = lengths.clamp(max=k)
+    counts = torch.arange(k, device=lengths.device) < lengths[:, None]
+    total = torch.where(counts, weights, 0.0).sum(1)  # cumsum is not deterministic on CUDA
+    return Places(lengths, weights, torch.where(lengths > 0, total, 1.0))
+
+
+def lists_of(
+    scores: Tensor, ranking: Tensor, places: Places, transitions: Transitions | None
+) -> kernels.Lists:
+    """Return the arguments of the op."""
+    tables = transitions or _no_transitions(scores)
+    return kernels.Lists(scores, ranking, places.lengths, places.weights, *tables)
 
 
 def _place_weights(k: int, discount: Discount, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -202,5 +219,5 @@ def _masked_last(ranking: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ranking.gather(1, order), counts.sum(1)
 
 
-def _compute_dtype(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+def _compute_dtype(*given: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankloss import kernels
 from rankloss.clip import info_nce, matches, positive_mask
-from rankloss.pair_terms import Pairs, Rows, Terms, anchor_shares, list_masks, ranked_lists
+from rankloss.pair_terms import Pairs, RankedLists, Rows, Terms, list_masks
 from rankloss.scores import scaled_cosines
 from rankloss.transitions import Transitions
 
@@ -19,10 +19,11 @@ def plain_loss(x: Pairs, terms: Terms) -> Tensor:
     x = x.widened()
     rows = Rows.of(terms, len(x.labels))
     images, texts = x.anchors()
-    by_text = scaled_cosines(rows.stacked(images, texts), x.texts, x.scale)
+    anchors = rows.stacked(images, texts)
+    by_text = scaled_cosines(anchors[0], x.texts, x.scale)
     by_image = by_text
     if terms.two_sided:
-        by_image = scaled_cosines(rows.stacked(texts, images), x.images, x.scale)
+        by_image = scaled_cosines(anchors[1], x.images, x.scale)
     positives = positive_mask(x.ids, x.labels)
     n, total = max(len(x.labels), 1), x.scale.new_zeros(())
     for leaf in (images, texts, x.scale, x.bias):  # part of the graph whatever the weights are
@@ -50,13 +51,13 @@ def _ranking(
     by_image: Tensor,
     positives: Tensor | None,
 ) -> Tensor:
-    shares = anchor_shares(x, terms, len(x.labels), x.scale.dtype)
+    lists_of = RankedLists(x, terms, len(x.labels), by_text.shape[1])
     masks = list_masks(x, terms, x.labels, positives)
     scores, targets = (by_text[rows], by_image[rows]), (by_image[rows], by_text[rows])
     tables = (x.text_predecessors, x.text_keys), (x.image_predecessors, x.image_keys)
     total = x.scale.new_zeros(())
     for s, target, mask, table in zip(scores, targets, masks, tables, strict=True):
         given = None if table[0] is None or table[1] is None else Transitions(table[0], table[1])
-        lists, weights = ranked_lists(s, target, mask, given, shares, terms)
+        lists, weights = lists_of.make(s, target, mask, given)
         total = total + kernels.plackett_luce(*lists, terms.impl, weights)
     return total

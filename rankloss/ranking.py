@@ -20,6 +20,7 @@ from rankloss.streaming import loss_of_pairs
 from rankloss.transitions import TransitionHeads, Transitions
 
 SEEDS = (2605, 2606)  # of the transition heads: shared or of images, of texts
+COPIED = 4 << 20  # bytes of a modality's candidates up to which one product makes all tables
 
 
 class HighOrderPLLoss(PairLoss, RampedLoss):
@@ -206,10 +207,11 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         if not self.transition_heads or self._ranking_off:
             return {}
         first, last = self.transition_heads[0], self.transition_heads[-1]
-        return {
-            "image": self._tables(first, batch.images),
-            "text": self._tables(last, batch.texts),
-        }
+        if first is last and batch.images.nbytes <= COPIED:
+            both = self._tables(first, torch.stack([batch.images, batch.texts]))
+            image, text = (Transitions(*x) for x in zip(*(t.unbind() for t in both), strict=True))
+            return {"image": image, "text": text}
+        return {"image": self._tables(first, batch.images), "text": self._tables(last, batch.texts)}
 
     def _tables(self, heads: nn.Module, candidates: Tensor) -> Transitions:
         """Tables of candidates; of `accum_freq` calls, each has a part of the weights' gradient."""

@@ -20,12 +20,13 @@ from rankloss import kernels
 from rankloss.clip import info_nce_and_gradient, positive_mask, sigmoid_and_gradient
 from rankloss.kernels.derivatives import Scaled, applied, link_to
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
-from rankloss.pair_terms import Pairs, Rows, Terms, anchor_shares, list_masks, ranked_lists
+from rankloss.pair_terms import Pairs, RankedLists, Rows, Terms, list_masks
 from rankloss.plain import plain_loss
 from rankloss.scores import exact_product
 from rankloss.transitions import Transitions
 
 CHUNK = 20 << 20  # bytes alive at a time for some anchors' scores, rankings and gradients
+LARGEST = 192 << 20  # the same for many anchors: three floats a score, for fewer launches
 ENTRY = 40  # of them a row and candidate, of both blocks
 WHOLE = 80 << 20  # bytes for the scores of all anchors, where both blocks can share them
 
@@ -69,14 +70,21 @@ class _Block:
         """Let the candidates score the anchors."""
         return _Block(self.candidates, self.anchors, self.scores.T)
 
-    def add(self, rows: slice, gradient: Tensor) -> None:
-        """Add the gradient of some rows; it may be overwritten from now on."""
+    def add(self, rows: slice, gradient: Tensor, weight: float = 1.0) -> None:
+        """Add `weight` times the gradient of some rows; it may be overwritten from now on."""
         if self.gradient is None and gradient.shape == self.scores.shape:
-            self.gradient = gradient
+            self.gradient = gradient if weight == 1 else gradient.mul_(weight)
             return
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.scores)
-        self.gradient[rows] += gradient
+        self.gradient[rows].add_(gradient, alpha=weight)
+
+
+def anchors_at_a_time(n: int, entries: int) -> int:
+    """Number of n anchors, each with so many entries of a block, whose scores exist together."""
+    bytes_ = max(CHUNK, min(LARGEST, 3 * 4 * n * entries // 2))
+    most = max(1, min(n, bytes_ // (ENTRY * entries)))
+    return -(-n // -(-n // most)) if n else 1  # chunks of one size
 
 
 class Stream:
@@ -91,25 +99,28 @@ class Stream:
         self.image_anchors, self.text_anchors = x.anchors()
         self.image_tables = _Tables(x.images, x.image_predecessors, x.image_keys)
         self.text_tables = _Tables(x.texts, x.text_predecessors, x.text_keys)
-        self.contrastive, self.ranking, self.d_bias = x.images.new_zeros(3).unbind()
+        self.value, self.d_bias = x.images.new_zeros(2, 1).unbind()
         if wanted:
-            self.d_anchors = [torch.zeros_like(t) for t in x.anchors()]
-            self.d_images, self.d_texts = torch.zeros_like(x.images), torch.zeros_like(x.texts)
+            self.d_anchors = [torch.empty_like(t) for t in x.anchors()]
+            self.d_images, self.d_texts = _Sum.like(x.images), _Sum.like(x.texts)
 
     def run(self) -> tuple[Tensor, ...]:
         """Value, and gradients in the order of `Pairs`; empty where none is wanted."""
         n, halves = len(self.x.labels), self.terms.across + self.terms.within
         if halves:
-            anchor = ENTRY * halves * max(1, len(self.x.texts))
-            step = max(1, n if self.shares_scores else CHUNK // anchor)
+            every = n if self.shares_scores else 0
+            step = max(1, every or anchors_at_a_time(n, halves * max(1, len(self.x.texts))))
             for start in range(0, n, step):
                 self._add(slice(start, min(start + step, n)))
+        if self.wanted:
+            for d in self.d_anchors:  # which are all candidates where none are given apart
+                d[n if halves else 0 :].zero_()
         leaves = self.given[:LEAVES]
         found = self._gradients() if self.wanted else [None] * LEAVES
         none = self.x.images.new_empty
         pairs = zip(leaves, found, strict=True)
         gradients = (none(0) if g is None or t is None else g for t, g in pairs)
-        return self.contrastive + self.ranking, *gradients
+        return self.value[0], *gradients
 
     @property
     def shares_scores(self) -> bool:
@@ -124,11 +135,12 @@ class Stream:
         x, terms, labels = self.x, self.terms, self.x.labels[at]
         rows = Rows.of(terms, len(labels))
         images, texts = self.image_anchors[at], self.text_anchors[at]
-        blocks = [_Block.of(rows.stacked(images, texts), x.texts, x.scale)]
+        anchors = rows.stacked(images, texts)
+        blocks = [_Block.of(anchors[0], x.texts, x.scale)]
         if self.shares_scores:
             blocks.append(blocks[0].transposed())
         elif terms.two_sided:
-            blocks.append(_Block.of(rows.stacked(texts, images), x.images, x.scale))
+            blocks.append(_Block.of(anchors[1], x.images, x.scale))
         positives = positive_mask(x.ids, labels)
         if terms.ranks:
             self._add_rankings(blocks, rows.ranked, labels, positives)
@@ -139,30 +151,36 @@ class Stream:
         if terms.cyclic_across or terms.cyclic_within:
             self._add_cyclic(blocks, rows)
         if self.wanted:
-            anchors = [d[at] for d in self.d_anchors]
             if self.shares_scores and blocks[1].gradient is not None:
                 blocks[0].add(slice(None), blocks[1].gradient.T)
                 blocks[1].gradient = None
-            _contract(blocks[0], rows, anchors, self.d_texts)
+            sums = [_Sum(d[at]) for d in self.d_anchors]
+            _contract(blocks[0], rows, sums, self.d_texts)
             if terms.two_sided:
-                _contract(blocks[1], rows, anchors[::-1], self.d_images)
+                _contract(blocks[1], rows, sums[::-1], self.d_images)
+            for total in sums:
+                total.total()
 
-    def _gradients(self) -> list[Tensor]:
+    def _gradients(self) -> list[Tensor | None]:
         """Gradients of the leaves, with the scale."""
         pairs = zip(self.d_anchors, self.x.anchors(), strict=True)
-        d_scale = torch.stack([d.flatten().dot(a.flatten()) for d, a in pairs]).sum()
-        if self.given.image_anchors is None:
-            self.d_images += self.d_anchors[0]
-        if self.given.text_anchors is None:
-            self.d_texts += self.d_anchors[1]
-        features = [*self.d_anchors, self.d_images, self.d_texts]
-        for d in features:
-            d.mul_(self.x.scale)
+        (a, d_a), (b, d_b) = ((x.flatten(), d.flatten()) for d, x in pairs)
+        d_scale = d_a.dot(a).view(1).addmv_(d_b[None], b)[0]
+        candidates = [self.d_images.total(), self.d_texts.total()]
+        features: list[Tensor | None] = [*self.d_anchors, *candidates]
+        given = self.given.image_anchors, self.given.text_anchors
+        for i, (own, anchor, d) in enumerate(zip(given, self.d_anchors, candidates, strict=True)):
+            if own is None:
+                d += anchor
+                features[i] = None
+        for x in features:
+            if x is not None:
+                x.mul_(self.x.scale)
         tables = []
         for table in (self.image_tables, self.text_tables):  # without anchors, nothing was added
-            zeros = [torch.zeros_like(t, dtype=d_scale.dtype) for t in table.values]
-            tables += table.gradients or zeros
-        return [*features, d_scale, self.d_bias.clone(), *tables]
+            tables += table.gradients or [torch.zeros_like(t, dtype=d.dtype) for t in table.values]
+        bias = None if self.x.bias is None else self.d_bias.clone()[0]
+        return [*features, d_scale, bias, *tables]
 
     # ------------------------------------------------------------ terms
 
@@ -172,9 +190,9 @@ class Stream:
         weight = self.terms.contrastive / 2 / len(self.x.labels)
         for block in blocks:
             total, gradient = info_nce_and_gradient(block.scores[rows], labels, positives)
-            self.contrastive.add_(total, alpha=weight)
+            self.value.add_(total, alpha=weight)
             if self.wanted:
-                block.add(rows, gradient.mul_(weight))
+                block.add(rows, gradient, weight)
 
     def _add_sigmoid(
         self, block: _Block, rows: slice, labels: Tensor, positives: Tensor | None
@@ -183,7 +201,7 @@ class Stream:
         if self.x.bias is not None:
             logits = logits + self.x.bias
         total, gradient = sigmoid_and_gradient(logits, labels, positives)
-        self.contrastive.add_(total, alpha=weight)
+        self.value.add_(total, alpha=weight)
         if self.wanted:
             block.add(rows, gradient.mul_(weight))
             self.d_bias += gradient.sum()
@@ -197,7 +215,7 @@ class Stream:
             if weight:
                 weight /= len(self.x.labels)
                 difference = by_text.scores[half] - by_image.scores[half]
-                self.contrastive.add_(difference.square().sum(), alpha=weight)
+                self.value.add_(difference.square().sum(), alpha=weight)
                 if self.wanted:
                     by_text.add(half, difference.mul_(2 * weight))
                     by_image.add(half, -difference)
@@ -211,30 +229,40 @@ class Stream:
     ) -> None:
         """Each block's rows are to rank as the other block's do."""
         by_text, by_image = blocks
-        shares = anchor_shares(self.x, self.terms, len(labels), self.x.scale.dtype)
+        lists_of = RankedLists(self.x, self.terms, len(labels), by_text.scores.shape[1])
         masks = list_masks(self.x, self.terms, labels, positives)
         sides = (by_text, by_image, self.text_tables), (by_image, by_text, self.image_tables)
         for (block, other, tables), mask in zip(sides, masks, strict=True):
-            found = self._likelihood(block.scores[rows], other.scores[rows], mask, tables, shares)
-            self.ranking += found[0]
+            given = block.scores[rows], other.scores[rows], mask, tables.values
+            lists, weights = lists_of.make(*given)
+            found = kernels.values_and_gradients(
+                lists, weights, self.terms.impl, wanted=self.wanted
+            )
+            self.value.addmv_(found[0][None], weights)
             if self.wanted:
-                block.add(rows, found[1])
+                kept = found[1] if mask is None else found[1].masked_fill_(~mask, 0.0)
+                block.add(rows, kept)
                 tables.add(found[2:])
 
-    def _likelihood(
-        self,
-        scores: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        tables: "_Tables",
-        shares: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Weighted sum of the rows' likelihoods, and gradients of scores and tables."""
-        lists, weights = ranked_lists(scores, target, mask, tables.values, shares, self.terms)
-        found = kernels.total_and_gradients(lists, weights, self.terms.impl, wanted=self.wanted)
-        if mask is not None and self.wanted:
-            found[1].masked_fill_(~mask, 0.0)
-        return found
+
+class _Sum:
+    """A sum of products, the first of which writes it: it starts as uninitialised memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._started = memory, False
+
+    @classmethod
+    def like(cls, x: Tensor) -> "_Sum":
+        return cls(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add a @ b."""
+        self._memory.addmm_(a, b, beta=int(self._started))
+        self._started = True
+
+    def total(self) -> Tensor:
+        """Return the sum, 0 of none."""
+        return self._memory if self._started else self._memory.zero_()
 
 
 class _Tables:
@@ -255,15 +283,15 @@ class _Tables:
             total += gradient
 
 
-def _contract(block: _Block, rows: Rows, anchors: Sequence[Tensor], candidates: Tensor) -> None:
+def _contract(block: _Block, rows: Rows, anchors: Sequence[_Sum], candidates: _Sum) -> None:
     """Add a block's gradient to those of both modalities' anchors, and of its candidates."""
     gradient = block.gradient
     if gradient is None:
         return
-    candidates.addmm_(gradient.T, block.anchors)
+    candidates.add(gradient.T, block.anchors)
     for half, anchor in zip((rows.across, rows.within), anchors, strict=True):
         if half.stop > half.start:
-            anchor.addmm_(gradient[half], block.candidates)
+            anchor.add(gradient[half], block.candidates)
 
 
 # ---------------------------------------------------------------- registration

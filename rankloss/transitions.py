@@ -111,12 +111,18 @@ class TransitionHeads(nn.Module):
     def forward(self, candidates: Tensor) -> Transitions:
         """Return the tables of `candidates` (M, D), any floating dtype; autocast chooses theirs.
 
+        Those of (2, M, D), candidates of two modalities, are (2, ...) too: one product makes all.
         Predecessor rows are normalised in float32 at least.
 
         Raises:
             ValueError: candidates are not (M, embed_dim), or on another device than the weights.
         """
-        if candidates.dim() != 2 or candidates.shape[1] != self.embed_dim:
+        modalities = candidates.shape[:-2]
+        if (
+            candidates.dim() < 2
+            or modalities not in ((), (2,))
+            or (candidates.shape[-1] != self.embed_dim)
+        ):
             raise ValueError(
                 f"TransitionHeads: candidates have shape {tuple(candidates.shape)}, "
                 f"expected (M, embed_dim={self.embed_dim})"
@@ -128,9 +134,13 @@ class TransitionHeads(nn.Module):
                 "as a submodule of the model, which moves with it"
             )
         candidates = candidates.to(torch.promote_types(candidates.dtype, self.key_weight.dtype))
-        weights = self.key_weight.to(candidates.dtype), self.predecessor_weight.to(candidates.dtype)
-        keys, predecessors = (torch.einsum("md,tdr->tmr", candidates, w) for w in weights)
-        return Transitions(_normalized(predecessors), keys * self.transition_dim**-0.5)
+        weights = self.predecessor_weight, self.key_weight
+        maps = torch.cat([w.transpose(0, 1) for w in weights], 1).to(candidates.dtype)  # (D, t, r)
+        rows = candidates @ maps.flatten(1)
+        rows = rows.view(*rows.shape[:-1], *maps.shape[1:]).transpose(-3, -2)
+        predecessors, keys = torch.split(rows, [len(w) for w in weights], -3)
+        scale = self.transition_dim**-0.5
+        return Transitions(_normalized(predecessors.contiguous()), keys.contiguous() * scale)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters a weight decay should leave alone: all of them."""
@@ -180,9 +190,9 @@ class TransitionHeads(nn.Module):
 
 def _normalized(rows: Tensor) -> Tensor:
     """Return (..., r) rows of unit root mean square, computed in float32 at least."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    wide = torch.promote_types(rows.dtype, torch.float32)
     with outside_autocast(rows):
-        return F.rms_norm(wide, rows.shape[-1:]).to(rows.dtype)
+        return F.rms_norm(rows, rows.shape[-1:], eps=torch.finfo(wide).eps)
 
 
 def _is_lower_order(given: Tensor, start: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import HighOrderPLLoss, Transitions, kernels
 from rankloss.clip import positive_mask
-from rankloss.kernels import total_and_gradients
+from rankloss.kernels import values_and_gradients
 from tests.helpers.features import equal, features, randomize
 from tests.helpers.problems import each_implementation
 from tests.helpers.recorder import inside_ops
@@ -194,8 +194,8 @@ def test_no_row_counts_more_places_than_there_are(monkeypatch: pytest.MonkeyPatc
 
     def noted(*args: Any, **options: Any) -> Any:
         found.append((args[0].ranking.shape[1], args[0].lengths.tolist()))
-        return total_and_gradients(*args, **options)
+        return values_and_gradients(*args, **options)
 
-    monkeypatch.setattr(kernels, "total_and_gradients", noted)
+    monkeypatch.setattr(kernels, "values_and_gradients", noted)
     HighOrderPLLoss(8, 3, top_k=2)(image, text, 14.3, image_ids=torch.tensor(IMAGE_IDS))
     assert found == [(2, [2] * 14)] * 2  # lists of texts, and of images

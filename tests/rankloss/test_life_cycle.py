@@ -101,7 +101,7 @@ def test_nothing_is_ranked_while_the_factor_is_zero(monkeypatch: pytest.MonkeyPa
     """And all parameters still take part in the graph, as DDP wants."""
     loss = randomize(HighOrderPLLoss(8, 3, share_transitions=False))
     loss.set_progress(0)
-    monkeypatch.setattr("rankloss.streaming.ranked_lists", None)
+    monkeypatch.setattr("rankloss.streaming.RankedLists", None)
     image, text = features(9, dtype=torch.float32)
     loss(image, text, 14.3).backward()
     for p in loss.parameters():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss import (
@@ -19,7 +20,9 @@ from rankloss import (
 )
 from rankloss.distributed import GlobalBatch
 from rankloss.kernels import configurations
+from rankloss.pair_terms import Pairs, Terms
 from rankloss.siglip_ranking import SigLipRankingLoss
+from rankloss.streaming import loss_of_pairs
 from tests.helpers.features import features, randomize
 from tests.helpers.recorder import Peak, Recorder, inside_ops, without_kernels
 
@@ -98,6 +101,26 @@ def test_equals_the_plain_loss(
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("terms", [Terms(sigmoid=1.0), Terms()], ids=["one-sided", "no term"])
+def test_anchors_fewer_than_candidates_leave_no_memory_unwritten(terms: Terms) -> None:
+    """Uninitialised memory is NaN here; texts are no anchors, and are not given apart as such."""
+    image, text = features(9)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which fills it
+    try:
+        results = []
+        for impl in ("reference", "blocked"):
+            leaves = image[:3].clone().requires_grad_(), text.clone().requires_grad_()
+            batch = GlobalBatch(leaves[0], leaves[1], image[:0], leaves[1], torch.arange(3))
+            pairs = Pairs.of(batch, torch.tensor(9.0).double())._replace(text_anchors=None)
+            value = loss_of_pairs(pairs, terms._replace(impl=impl))
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
 @each_loss
 def test_the_plain_loss_has_second_derivatives_and_the_streamed_one_refuses(
     make: Callable[[str], nn.Module],
@@ -133,7 +156,7 @@ def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) 
     SigLipRankingLoss(order=1)(image, text, 10.0, -10.0).backward()
     loss = RankCLIPLoss(contrastive_weight=0.0)
     loss(image, text, 10.0).backward()
-    monkeypatch.setattr(streaming, "ranked_lists", None)
+    monkeypatch.setattr(streaming, "RankedLists", None)
     loss.set_progress(0)
     loss(image, text, 10.0).backward()
 
@@ -145,8 +168,8 @@ def test_rankings_are_int32(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(x.ranking.dtype)
         return total(x, *args, **options)
 
-    total = kernels.total_and_gradients
-    monkeypatch.setattr(kernels, "total_and_gradients", noted)
+    total = kernels.values_and_gradients
+    monkeypatch.setattr(kernels, "values_and_gradients", noted)
     RankCLIPLoss()(*features(9), 10.0)
     assert seen == [torch.int32] * 2
 
@@ -210,11 +233,10 @@ def test_memory_of_a_step_against_4096_candidates(
     first_order = pytest.importorskip("rankloss.kernels.first_order")
     if n < 4096:
         anchors_of(n, monkeypatch)
-    else:  # of which memory is more, and the test's time less
-        monkeypatch.setattr(streaming, "CHUNK", 8 * streaming.CHUNK)
     step = on_no_device(HighOrderPLLoss(512, order, top_k=top_k, impl="triton"), 4096, ids=ids)
-    with inside_ops(), without_kernels(high_order, first_order), Peak() as peak:
+    with inside_ops(), without_kernels(high_order, first_order) as launches, Peak() as peak:
         step()
+    assert launches.count <= 2300  # 9,700 of chunks that all fit into 50 MiB
     assert peak.bytes > 16 * MIB  # gradients of the features at least: it did track
     assert peak.bytes <= most * MIB, f"{peak.bytes / MIB:.0f} MiB"
 
@@ -224,7 +246,8 @@ def test_nothing_of_anchors_and_candidates_is_kept(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the passes there are features only, in them no tensor larger than a chunk."""
-    monkeypatch.setattr(streaming, "CHUNK", 1 << 18)
+    for name in ("CHUNK", "LARGEST"):
+        monkeypatch.setattr(streaming, name, 1 << 18)
     monkeypatch.setattr(streaming, "WHOLE", 0)
     n, d = 300, 4
     image, text = features(n, d, dtype=torch.float32)
@@ -263,8 +286,21 @@ class Launches(Peak):  # type: ignore[no-untyped-call]
         return result
 
 
-def test_launches_of_a_step_at_512(h200: None) -> None:
-    """Kernels of ours and operations of PyTorch, forward and backward, tables in bfloat16."""
+class OneKernel(torch.autograd.Function):
+    """Stands for a function that CUDA computes by one kernel each way, other devices by several."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.exp()
+
+
+def test_launches_of_a_step_at_512(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of ours and operations of PyTorch, forward and backward, all in bfloat16: < 120."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, *, eps: OneKernel.apply(x))
     high_order = pytest.importorskip("rankloss.kernels.high_order")
     first_order = pytest.importorskip("rankloss.kernels.first_order")
     step = on_no_device(HighOrderPLLoss(512, 3, impl="triton"), 512, dtype=torch.bfloat16)
@@ -274,5 +310,5 @@ def test_launches_of_a_step_at_512(h200: None) -> None:
         Launches() as operations,
     ):
         step()
-    assert kernels_.count == 2 * (4 * 5 + 2)  # lists of a modality; kernels and chunks; the start
-    assert operations.count <= 192
+    assert kernels_.count == 2 * (4 * 4 + 2)  # lists of a modality; kernels and chunks; the start
+    assert operations.count <= 83
