@@ -222,16 +222,8 @@ class _Each(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        scores: Tensor,
-        ranking: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        predecessors: Tensor,
-        keys: Tensor,
-        impl: str,
-    ) -> Tensor:
-        nll: Tensor = _nll(scores, ranking, lengths, weights, predecessors, keys, impl)
+    def forward(*args: Any) -> Tensor:
+        nll: Tensor = _nll(*args)
         return nll
 
     @staticmethod
@@ -249,19 +241,10 @@ class _Each(torch.autograd.Function):
 
 class _EachBackward(Refusing):
     @staticmethod
-    def forward(
-        grad: Tensor,
-        scores: Tensor,
-        ranking: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        predecessors: Tensor,
-        keys: Tensor,
-        impl: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = scores, ranking, lengths, weights, predecessors, keys
-        _, d_scores, d_predecessors, d_keys = _gradients(grad, *x, impl)
-        return d_scores, d_predecessors.to(predecessors.dtype), d_keys.to(keys.dtype)
+    def forward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = Lists(*args[:-1])
+        _, d_scores, d_predecessors, d_keys = _gradients(grad, *args)
+        return d_scores, d_predecessors.to(x.predecessors.dtype), d_keys.to(x.keys.dtype)
 
 
 class _Total(torch.autograd.Function):
@@ -270,26 +253,15 @@ class _Total(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        anchor_weights: Tensor,
-        scores: Tensor,
-        ranking: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        predecessors: Tensor,
-        keys: Tensor,
-        impl: str,
-        *links: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = scores, ranking, lengths, weights, predecessors, keys
-        nll, *gradients = _gradients(anchor_weights, *x, impl)
+    def forward(anchor_weights: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        nll, *gradients = _gradients(anchor_weights, *args[: len(Lists._fields) + 1])
         return ((nll * anchor_weights).sum(), *gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros of the gradients' size for them
-        ctx.save_for_backward(*output[1:], *inputs[8:])
+        ctx.save_for_backward(*output[1:], *inputs[len(Lists._fields) + 2 :])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:

@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from rankloss.checks import check_further
 from rankloss.clip import clip_loss, positive_mask
-from rankloss.distributed import GlobalBatch, gather_batch, gather_features
+from rankloss.distributed import GlobalBatch, gather_features
 from rankloss.global_batch import GatherOptions, Inputs
 from rankloss.pair_loss import PairLoss
 from rankloss.scores import cross_modal_scores
@@ -98,7 +98,7 @@ class ALIPLoss(PairLoss):
         """Compute "contrastive_loss" and "caption_loss", of raw texts and of captions."""
         caption_features = inputs.further["caption_features"]
         how = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
-        raw = gather_batch(images, texts, inputs.processes, **how)
+        raw = self.gathered(images, texts, inputs)
         everywhere = gather_features(caption_features, inputs.processes, **how)
         raw = raw.in_full_precision()
         everywhere = everywhere.to(raw.images.dtype)

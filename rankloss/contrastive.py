@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from rankloss.distributed import GlobalBatch, Processes, gather_batch, gather_features
+from rankloss.distributed import GlobalBatch, Processes, gather_features
 from rankloss.global_batch import GatherOptions, Inputs
 from rankloss.kernels import check_impl
 from rankloss.pair_loss import PairLoss
@@ -105,13 +105,7 @@ class CyCLIPLoss(PairLoss):
 
     def terms(self, images: Tensor, texts: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """Compute "contrastive_loss" and "cyclic_loss"."""
-        batch = gather_batch(
-            images,
-            texts,
-            inputs.processes,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-        )
+        batch = self.gathered(images, texts, inputs)
         ids, one = (inputs.image_ids, inputs.text_ids), torch.ones_like(inputs.scale)
         contrastive = Terms(contrastive=1.0, impl=self.impl)
         cyclic = Terms(

@@ -12,8 +12,10 @@ from rankloss.agreement import REFUSED, Message, agree
 from rankloss.checks import as_scalar, check_features, check_ids
 from rankloss.distributed import (
     ALONE,
+    GlobalBatch,
     HoldsProcessGroup,
     Processes,
+    gather_batch,
     gather_ids,
     rank_and_world_size,
     refuse_dtensor,
@@ -93,6 +95,16 @@ class GlobalBatchLoss(HoldsProcessGroup, nn.Module):
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.accum_freq, self.process_group = accum_freq, process_group
         self.rank, self.world_size = rank, world_size
+
+    def gathered(self, images: Tensor, texts: Tensor, inputs: Inputs) -> GlobalBatch:
+        """Gather both (n, D) feature batches, as `local_loss` and `gather_with_grad` say."""
+        return gather_batch(
+            images,
+            texts,
+            inputs.processes,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )
 
     def prepare(
         self,

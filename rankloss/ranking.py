@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from rankloss.advice import Adviser
 from rankloss.checks import check_option_names, check_settings, check_weights
 from rankloss.diagnostics import Snapshot, summarize, take_snapshot
-from rankloss.distributed import GlobalBatch, gather_batch, scale_gradient
+from rankloss.distributed import GlobalBatch, scale_gradient
 from rankloss.global_batch import GatherOptions, Inputs
 from rankloss.options import Discount
 from rankloss.pair_loss import PairLoss
@@ -182,13 +182,7 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
 
     def _pairs(self, images: Tensor, texts: Tensor, inputs: Inputs) -> Pairs:
         """Gather the global batch."""
-        batch = gather_batch(
-            images,
-            texts,
-            inputs.processes,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-        )
+        batch = self.gathered(images, texts, inputs)
         transitions = self._transitions(batch)
         self._snapshot = None
         if self.keep_stats:

@@ -95,21 +95,14 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return path
 
-    def save_later(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        *,
-        for_good: bool = False,
-    ) -> None:
-        """Write a checkpoint while training goes on; the tensors must be copies.
+    def save_later(self, *contents: Any, for_good: bool = False) -> None:
+        """Write a checkpoint as `save` does, while training goes on; its tensors must be copies.
 
         Raises:
             UserError: the one before could not be written.
         """
         self.wait()
-        self._writing = self._writer.submit(self.save, step, tensors, state, for_good=for_good)
+        self._writing = self._writer.submit(self.save, *contents, for_good=for_good)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
