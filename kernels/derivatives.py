@@ -47,6 +47,22 @@ class Refusing(torch.autograd.Function):
         )
 
 
+class MadeAhead(torch.autograd.Function):
+    """Base of functions that return a value and its gradients, which the backward pass scales.
+
+    The last arguments are the links, see `Scaled`, of the inputs that the gradients belong to.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        gradients, links = output[1:], inputs[len(inputs) - len(output) + 1 :]
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # no zeros of the gradients' size for them
+        ctx.save_for_backward(*gradients, *links)
+
+
 class Scaled(Refusing):
     """A gradient made ahead times what comes from above, in a new tensor of a given dtype.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankloss.kernels import blocked, reference
 from rankloss.kernels.blocked import through_normalisation_
-from rankloss.kernels.derivatives import Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Scaled, applied, link_to
 from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.kernels.reference import row_norms
@@ -104,22 +104,13 @@ def _(student: Tensor, teacher: Tensor, negatives: str, impl: str) -> tuple[Tens
 loop_over_batch(_forward)
 
 
-class _GramDistance(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _GramDistance(MadeAhead):
     @staticmethod
     def forward(
         student: Tensor, teacher: Tensor, negatives: str, impl: str, link: Tensor
     ) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = _forward(student, teacher, negatives, impl)
         return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros as large as it
-        ctx.save_for_backward(gradient, inputs[4])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:

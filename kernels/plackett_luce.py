@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import blocked, reference
-from rankloss.kernels.derivatives import Refusing, Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Refusing, Scaled, applied, link_to
 from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.kernels.signature import SCHEMA, Lists
@@ -247,21 +247,13 @@ class _EachBackward(Refusing):
         return d_scores, d_predecessors.to(x.predecessors.dtype), d_keys.to(x.keys.dtype)
 
 
-class _Total(torch.autograd.Function):
-    """Their weighted sum, and its gradients, which the backward pass only scales."""
-
-    generate_vmap_rule = True
+class _Total(MadeAhead):
+    """Their weighted sum, and its gradients."""
 
     @staticmethod
     def forward(anchor_weights: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         nll, *gradients = _gradients(anchor_weights, *args[: len(Lists._fields) + 1])
         return ((nll * anchor_weights).sum(), *gradients)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros of the gradients' size for them
-        ctx.save_for_backward(*output[1:], *inputs[len(Lists._fields) + 2 :])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankloss import kernels
 from rankloss.clip import info_nce_and_gradient, positive_mask, sigmoid_and_gradient
-from rankloss.kernels.derivatives import Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Scaled, applied, link_to
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.pair_terms import Pairs, RankedLists, Rows, Terms, list_masks
 from rankloss.plain import plain_loss
@@ -324,42 +324,14 @@ pair_loss.register_fake(_fake)
 loop_over_batch(pair_loss)
 
 
-class _Streamed(torch.autograd.Function):
-    """The value, and its gradients, which the backward pass only scales."""
-
-    generate_vmap_rule = True
+class _Streamed(MadeAhead):
+    """The sum of the terms, and its gradients; arguments are `Pairs`, `Terms` and links."""
 
     @staticmethod
-    def forward(
-        image_anchors: Tensor | None,
-        text_anchors: Tensor | None,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        image_predecessors: Tensor | None,
-        image_keys: Tensor | None,
-        text_predecessors: Tensor | None,
-        text_keys: Tensor | None,
-        labels: Tensor,
-        image_ids: Tensor | None,
-        text_ids: Tensor | None,
-        ramp: Tensor | None,
-        terms: Terms,
-        *links: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        anchors = image_anchors, text_anchors
-        tables = image_predecessors, image_keys, text_predecessors, text_keys
-        rest = labels, image_ids, text_ids, ramp
-        x = *anchors, images, texts, scale, bias, *tables, *rest
-        found: tuple[Tensor, ...] = pair_loss(*x, *terms, True)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        fields = len(Pairs._fields)
+        found: tuple[Tensor, ...] = pair_loss(*args[:fields], *args[fields], True)
         return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros of the gradients' size for them
-        ctx.save_for_backward(*output[1:], *inputs[len(Pairs._fields) + 1 :])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:

@@ -46,10 +46,10 @@ class TrainSettings:
         most_skipped: steps in a row without finite loss and gradient before training gives up.
         roll_back: times to go back to the last checkpoint instead of giving up, and to leave out
             the batches that led there.
+        sharding: ddp averages gradients; fsdp2 also shards parameters and optimizer.
         checkpoint_steps: steps between checkpoints.
         keep_checkpoints: how many stay.
         keep_epochs: also keep the checkpoint of every so many epochs for good; 0 keeps none.
-        sharding: ddp averages gradients; fsdp2 also shards parameters and optimizer.
         log_steps: steps between entries of the history.
         seed: decides initialisation, order and augmentation.
     """
@@ -66,10 +66,10 @@ class TrainSettings:
     precision: Precision = "fp32"
     most_skipped: int = 10
     roll_back: int = 0
+    sharding: Sharding = "ddp"
     checkpoint_steps: int = 100
     keep_checkpoints: int = 2
     keep_epochs: int = 0
-    sharding: Sharding = "ddp"
     log_steps: int = 1
     seed: int = 0
 

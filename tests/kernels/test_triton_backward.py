@@ -9,19 +9,15 @@ from torch import Tensor
 from rankloss.kernels import high_order, plackett_luce
 from rankloss.kernels.configurations import Plan, Tile, plan, using
 from rankloss.kernels.signature import Lists
+from tests.helpers import triton_cases
 from tests.helpers.sanitizer import KernelFault, sanitize
 from tests.helpers.triton_cases import (
     DEVICE,
     SMALL_TILES,
     Inputs,
     Results,
-    assert_close,
-    assert_identical,
     can_run,
     expected,
-    guarded,
-    interpreted_only,
-    make_inputs,
     run,
     run_total,
     upstream,
@@ -30,12 +26,12 @@ from tests.helpers.triton_cases import (
 pytestmark = can_run
 
 PROBLEMS = {
-    "order 1": make_inputs(2, 20, 20, 1, ragged=True, discount=True),
-    "order 1, K < M": make_inputs(2, 20, 7, 1, ragged=True, discount=True),
-    "order 3": make_inputs(3, 20, 20, 3, ragged=True, discount=True),
-    "order 3, completed": make_inputs(2, 20, 17, 3, ragged=True, masked=True),
-    "order 3, natural": make_inputs(2, 20, 7, 3, r=20, ragged=True),
-    "order 4, half": make_inputs(1, 20, 18, 4, dtype=torch.float16),
+    "order 1": triton_cases.make_inputs(2, 20, 20, 1, ragged=True, discount=True),
+    "order 1, K < M": triton_cases.make_inputs(2, 20, 7, 1, ragged=True, discount=True),
+    "order 3": triton_cases.make_inputs(3, 20, 20, 3, ragged=True, discount=True),
+    "order 3, completed": triton_cases.make_inputs(2, 20, 17, 3, ragged=True, masked=True),
+    "order 3, natural": triton_cases.make_inputs(2, 20, 7, 3, r=20, ragged=True),
+    "order 4, half": triton_cases.make_inputs(1, 20, 18, 4, dtype=torch.float16),
 }
 each_problem = pytest.mark.parametrize("inputs", PROBLEMS.values(), ids=PROBLEMS.keys())
 
@@ -47,7 +43,7 @@ def gradients(nll: Tensor, inputs: Inputs, grad: Tensor) -> list[Tensor]:
 @lru_cache
 def run_name(name: str) -> Results:
     """The results that every variation is compared with."""
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         return run(PROBLEMS[name])
 
 
@@ -61,7 +57,7 @@ def run_small(inputs: Inputs) -> Results:
 @each_problem
 def test_upstream_of_any_strides(inputs: Inputs) -> None:
     """Expanded (what `.sum()` sends), strided among NaN; the second after another."""
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         x = inputs.with_leaves()
         nll = plackett_luce(*x, impl="triton")
         n = len(nll)
@@ -76,7 +72,7 @@ def test_upstream_of_any_strides(inputs: Inputs) -> None:
 @each_problem
 def test_three_times_the_loss_has_three_times_the_gradient(inputs: Inputs) -> None:
     """Accumulated over two backward passes, too: 1 + 3 = 4."""
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         once = run(inputs, grad=torch.ones(len(inputs.scores), device=DEVICE)).gradients()
         x = inputs.with_leaves()
         loss = plackett_luce(*x, impl="triton").sum()
@@ -92,7 +88,7 @@ def test_a_sum_whose_gradients_are_made_ahead_has_the_same(name: str) -> None:
     inputs = PROBLEMS[name]
     grad = upstream(len(inputs.scores))
     wanted = run_small(inputs)
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         total, *found = run_total(inputs, grad)
     torch.testing.assert_close(total, (wanted.nll * grad).sum())
     assert all(map(torch.equal, found, wanted.gradients()))
@@ -104,17 +100,17 @@ def test_configuration_changed_before_the_backward_pass(name: str) -> None:
     inputs = PROBLEMS[name]
     other = Plan(Tile(32, 16), Tile(16, 32), columns=16, precision="ieee")
     x = inputs.with_leaves()
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         nll = plackett_luce(*x, impl="triton")
-    with guarded(), using(other):
+    with triton_cases.guarded(), using(other):
         found = gradients(nll, x, upstream(len(nll)))
-    assert_close(Results(nll.detach(), *found), expected(inputs), inputs)
+    triton_cases.assert_close(Results(nll.detach(), *found), expected(inputs), inputs)
 
 
 @pytest.mark.parametrize("name", ["order 1, K < M", "order 3, natural"])
 def test_zero_upstream_has_zero_gradients(name: str) -> None:
     inputs = PROBLEMS[name]
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         nothing = run(inputs, grad=torch.zeros(len(inputs.scores), device=DEVICE))
     assert all(g.abs().sum() == 0 for g in nothing.gradients())
 
@@ -123,7 +119,7 @@ def test_zero_upstream_has_zero_gradients(name: str) -> None:
 def test_inputs_and_upstream_are_left_alone(inputs: Inputs) -> None:
     grad = upstream(len(inputs.scores))
     before = [x.clone() for x in (*inputs, grad)]
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         x = inputs.with_leaves()
         versions = [t._version for t in (*x, grad)]
         nll = plackett_luce(*x, impl="triton")
@@ -151,7 +147,7 @@ def scattered(x: Tensor) -> Tensor:
 @each_problem
 def test_inputs_of_any_strides(inputs: Inputs) -> None:
     wanted = run_small(inputs)
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         x = Inputs(*map(scattered, inputs))
         leaves = [t.requires_grad_() for t in x.leaves()]
         nll = plackett_luce(*x, impl="triton")
@@ -164,7 +160,7 @@ def test_inputs_of_any_strides(inputs: Inputs) -> None:
 @pytest.mark.parametrize("k", [5, 18])
 def test_expanded_inputs(k: int, order: int) -> None:
     """One row of scores, one ranking, one length, one weight for all."""
-    inputs = make_inputs(1, 20, k, order)
+    inputs = triton_cases.make_inputs(1, 20, k, order)
     n = 3
     expanded = inputs._replace(
         scores=inputs.scores.expand(n, 20),
@@ -173,14 +169,14 @@ def test_expanded_inputs(k: int, order: int) -> None:
         weights=torch.full((1,), 0.5, device=DEVICE).expand(k),
     )
     materialised = Inputs(*(x.contiguous() for x in expanded))
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         assert torch.equal(
             plackett_luce(*expanded, impl="triton"), plackett_luce(*materialised, impl="triton")
         )
         grad = torch.ones(1, device=DEVICE).expand(n)
         found = torch.ops.rankloss.plackett_luce_gradients(grad, *expanded, "triton")
     wanted = expected(materialised, torch.ones(n, device=DEVICE))
-    assert_close(Results(*found), wanted, materialised)
+    triton_cases.assert_close(Results(*found), wanted, materialised)
 
 
 # ---------------------------------------------------------------- order of programs, determinism
@@ -190,15 +186,15 @@ def test_expanded_inputs(k: int, order: int) -> None:
 def test_results_repeat_bit_for_bit(inputs: Inputs) -> None:
     """With and without deterministic algorithms, with and without NaN in fresh buffers."""
     with using(SMALL_TILES):
-        assert_identical(run(inputs), run_small(inputs))
+        triton_cases.assert_identical(run(inputs), run_small(inputs))
 
 
-@interpreted_only
+@triton_cases.interpreted_only
 @each_problem
 def test_results_do_not_depend_on_the_order_of_programs(inputs: Inputs) -> None:
-    with guarded(reverse=True), using(SMALL_TILES):
+    with triton_cases.guarded(reverse=True), using(SMALL_TILES):
         backwards = run(inputs)
-    assert_identical(backwards, run_small(inputs))
+    triton_cases.assert_identical(backwards, run_small(inputs))
 
 
 # ---------------------------------------------------------------- chunks of anchors
@@ -211,15 +207,15 @@ def test_gradients_of_tables_by_chunks(
 ) -> None:
     inputs = PROBLEMS[name]
     monkeypatch.setattr(high_order.Sizes, "chunk", lambda *_: chunk)
-    with guarded(), using(SMALL_TILES):
+    with triton_cases.guarded(), using(SMALL_TILES):
         actual = run(inputs)
-    assert_close(actual, expected(inputs), inputs)
+    triton_cases.assert_close(actual, expected(inputs), inputs)
     assert torch.equal(actual.d_scores, run_small(inputs).d_scores)
 
 
 def test_half_precision_gradients_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 equal anchors, one a chunk: 48 times one's gradient. Each rounding to half would show."""
-    one = make_inputs(1, 4, 4, 2, dtype=torch.float16)
+    one = triton_cases.make_inputs(1, 4, 4, 2, dtype=torch.float16)
     rows = (x.expand(48, *x.shape[1:]) for x in one[:3])
     inputs = Inputs(*[*rows, *one[3:]])
     monkeypatch.setattr(high_order.Sizes, "chunk", lambda *_, **__: 1)
@@ -262,7 +258,7 @@ def test_short_rankings_copy_the_keys_of_ranked_candidates_only() -> None:
 # ---------------------------------------------------------------- the checks themselves
 
 
-@interpreted_only
+@triton_cases.interpreted_only
 def test_the_sanitizer_watches_the_kernels() -> None:
     """A tensor that is too short is caught, so the silence of the other tests means much."""
     inputs = PROBLEMS["order 3"]
@@ -273,11 +269,11 @@ def test_the_sanitizer_watches_the_kernels() -> None:
     assert KernelFault.__name__ in repr(e.value)
 
 
-@interpreted_only
+@triton_cases.interpreted_only
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_float32_products_are_exact(name: str) -> None:
     """The table multiplies float32 as three products of parts."""
-    with guarded() as report:
+    with triton_cases.guarded() as report:
         run(PROBLEMS[name])
     assert report.dot_precisions <= {"tf32x3"}
     assert report.dot_precisions or name.startswith("order 1")

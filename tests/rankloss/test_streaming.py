@@ -14,8 +14,8 @@ from rankloss import (
     HighOrderPLLoss,
     RankCLIPLoss,
     SigLipLoss,
+    global_batch,
     kernels,
-    ranking,
     streaming,
 )
 from rankloss.distributed import GlobalBatch
@@ -191,7 +191,7 @@ def anchors_of(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         labels = torch.arange(n, device=images.device)
         return GlobalBatch(images[:n], texts[:n], images, texts, labels)
 
-    monkeypatch.setattr(ranking, "gather_batch", gathered)
+    monkeypatch.setattr(global_batch, "gather_batch", gathered)
 
 
 def on_no_device(
