@@ -241,10 +241,19 @@ class _Each(torch.autograd.Function):
 
 class _EachBackward(Refusing):
     @staticmethod
-    def forward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x = Lists(*args[:-1])
-        _, d_scores, d_predecessors, d_keys = _gradients(grad, *args)
-        return d_scores, d_predecessors.to(x.predecessors.dtype), d_keys.to(x.keys.dtype)
+    def forward(
+        grad: Tensor,
+        scores: Tensor,
+        ranking: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        predecessors: Tensor,
+        keys: Tensor,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # torch.compile miscounts arguments without names here
+        x = scores, ranking, lengths, weights, predecessors, keys
+        _, d_scores, d_predecessors, d_keys = _gradients(grad, *x, impl)
+        return d_scores, d_predecessors.to(predecessors.dtype), d_keys.to(keys.dtype)
 
 
 class _Total(MadeAhead):

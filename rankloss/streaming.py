@@ -99,7 +99,8 @@ class Stream:
         self.image_anchors, self.text_anchors = x.anchors()
         self.image_tables = _Tables(x.images, x.image_predecessors, x.image_keys)
         self.text_tables = _Tables(x.texts, x.text_predecessors, x.text_keys)
-        self.value, self.d_bias = x.images.new_zeros(2, 1).unbind()
+        self.value = x.images.new_zeros(())  # no view: FSDP2 warns of results that are
+        self.d_bias = None if x.bias is None else x.images.new_zeros(())
         if wanted:
             self.d_anchors = [torch.empty_like(t) for t in x.anchors()]
             self.d_images, self.d_texts = _Sum.like(x.images), _Sum.like(x.texts)
@@ -120,7 +121,7 @@ class Stream:
         none = self.x.images.new_empty
         pairs = zip(leaves, found, strict=True)
         gradients = (none(0) if g is None or t is None else g for t, g in pairs)
-        return self.value[0], *gradients
+        return self.value, *gradients
 
     @property
     def shares_scores(self) -> bool:
@@ -179,8 +180,7 @@ class Stream:
         tables = []
         for table in (self.image_tables, self.text_tables):  # without anchors, nothing was added
             tables += table.gradients or [torch.zeros_like(t, dtype=d.dtype) for t in table.values]
-        bias = None if self.x.bias is None else self.d_bias.clone()[0]
-        return [*features, d_scale, bias, *tables]
+        return [*features, d_scale, self.d_bias, *tables]
 
     # ------------------------------------------------------------ terms
 
@@ -204,7 +204,8 @@ class Stream:
         self.value.add_(total, alpha=weight)
         if self.wanted:
             block.add(rows, gradient.mul_(weight))
-            self.d_bias += gradient.sum()
+            if self.d_bias is not None:
+                self.d_bias += gradient.sum()
 
     def _add_cyclic(self, blocks: list[_Block], rows: Rows) -> None:
         by_text, by_image = blocks
@@ -238,7 +239,7 @@ class Stream:
             found = kernels.values_and_gradients(
                 lists, weights, self.terms.impl, wanted=self.wanted
             )
-            self.value.addmv_(found[0][None], weights)
+            self.value.view(1).addmv_(found[0][None], weights)
             if self.wanted:
                 kept = found[1] if mask is None else found[1].masked_fill_(~mask, 0.0)
                 block.add(rows, kept)
