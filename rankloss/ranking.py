@@ -201,7 +201,7 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         if not self.transition_heads or self._ranking_off:
             return {}
         first, last = self.transition_heads[0], self.transition_heads[-1]
-        if first is last and batch.images.nbytes <= COPIED:
+        if first is last and batch.images.numel() * batch.images.element_size() <= COPIED:
             both = self._tables(first, torch.stack([batch.images, batch.texts]))
             image, text = (Transitions(*x) for x in zip(*(t.unbind() for t in both), strict=True))
             return {"image": image, "text": text}
