@@ -18,12 +18,13 @@ from torch import Tensor
 
 from benchmarks.study.settings import Scale, Teacher, Trained
 from examples.cc3m.recipe import build_tokenizer, build_transform
+from examples.common.images import normalise
 from examples.demo.captions import caption
 from examples.demo.measures import Split, read_split
 from examples.demo.scene_shards import SceneSettings, prepare_scenes, read_pictures
 from examples.self_distillation.measure import build_teacher
 from examples.self_distillation.settings import TEACHER
-from rankloss.fusion.teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SHIFT = 4
 """Pixels at most by which a second view is shifted."""
@@ -69,12 +70,6 @@ def batches(data: Data, size: int, seed: int) -> Iterator[Batch]:
         yield data.batch(rows, within)
 
 
-def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (B, 3, H, W) float32 of (B, 3, H, W) bytes."""
-    m, s = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    return (pixels.float() / 255 - m) / s
-
-
 def second_view(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by a few pixels and change its brightness by up to a fifth, as bytes."""
     size = pixels.shape[-1]
@@ -114,7 +109,7 @@ class SceneData:
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         pixels = self.pixels[rows]
         other = second_view(pixels, generator)
-        images, others = (normalised(x, CLIP_MEAN, CLIP_STD) for x in (pixels, other))
+        images, others = (normalise(x) for x in (pixels, other))
         teacher = None if self.teacher is None else self.teacher[rows]
         return Batch(
             images, self.texts[rows], others, self.other_texts[rows], self.text_ids[rows], teacher
@@ -189,5 +184,5 @@ def teacher_tokens(teacher: Teacher, pixels: Tensor, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_teacher(TEACHER if teacher == "self-distilled" else None)
-    parts = [normalised(x, IMAGENET_MEAN, IMAGENET_STD) for x in torch.split(pixels, 128)]
+    parts = [normalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in torch.split(pixels, 128)]
     return torch.cat([network(x).patches for x in parts])

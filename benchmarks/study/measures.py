@@ -17,12 +17,12 @@ from benchmarks.study.photos import PhotoFiles, load_photos, measure_photos
 from benchmarks.study.planted import measure_planted
 from benchmarks.study.settings import Planted, Scale, Trained
 from benchmarks.study.training import train, transition_heads
+from examples.common.images import normalise
 from examples.demo.measures import encode_splits, measure
 from examples.evaluation.gap import gap_curve, gap_measures
 from examples.evaluation.probes import Labelled, linear_probe
-from examples.self_distillation.measure import FAMILIES, family_scenes, scene_images
+from examples.self_distillation.measure import FAMILIES, family_scenes, scene_pixels
 from rankloss import DinoRankCLIP
-from rankloss.fusion.teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 Result = dict[str, Any]
 """A row's "measures" (name -> number), "cost" and "curves"; all JSON-able."""
@@ -97,12 +97,8 @@ def probes(towers: DinoRankCLIP, scale: Scale) -> dict[str, float]:
 def _family(family: str, scale: Scale) -> list[tuple[Tensor, Any]]:
     """Images and labels to learn a probe from (seen pairs), and to test it on (unseen pairs)."""
     parts = []
-    mean, std, own_mean, own_std = (
-        torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)
-    )
     for count, unseen in ((scale.probe_train, False), (scale.probe_test, True)):
         scenes, labels = family_scenes(family, count, unseen=unseen)
-        images = scene_images(scenes, f"{family}/{unseen}", scale.scenes.image_size)
-        images = (images * std + mean - own_mean) / own_std  # from ImageNet's statistics to CLIP's
-        parts.append((images, np.array(labels, np.int64)))
+        pixels = scene_pixels(scenes, f"{family}/{unseen}", scale.scenes.image_size)
+        parts.append((normalise(pixels), np.array(labels, np.int64)))
     return parts

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.study.data import Batch, normalised, second_view, to_bytes
+from benchmarks.study.data import Batch, second_view, to_bytes
 from benchmarks.study.settings import Scale
 from examples.cc3m.recipe import build_tokenizer
 from examples.common.files import UserError
+from examples.common.images import normalise
 from examples.evaluation.gap import gap_measures
 from examples.evaluation.retrieval import graded_agreement, retrieval
 from rankloss import DinoRankCLIP
-from rankloss.fusion.teacher import CLIP_MEAN, CLIP_STD
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class PhotoData:
             others.append(known[int(drawn[1][i] * len(known))])
         pixels = torch.stack(crops)
         other = second_view(pixels, generator)
-        images, views = (normalised(p, CLIP_MEAN, CLIP_STD) for p in (pixels, other))
+        images, views = (normalise(p) for p in (pixels, other))
         return Batch(images, torch.stack(texts), views, torch.stack(others), rows, None)
 
 
@@ -198,7 +198,7 @@ def measure_photos(
 
     The pairs are of each image's first caption.
     """
-    pixels = normalised(data.held, CLIP_MEAN, CLIP_STD)
+    pixels = normalise(data.held)
     images = torch.cat([towers.encode_image(x) for x in torch.split(pixels, 256)])
     rows, tokens, values = data.graded
     texts, graded = (

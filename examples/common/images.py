@@ -170,19 +170,22 @@ def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Im
     return _decoded(_opened(sample), sample, failures)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Return images (..., 3, H, W) as CLIP's towers take them: float32; only uint8 is changed."""
+def normalise(
+    images: Tensor,
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN,
+    std: tuple[float, ...] = OPENAI_DATASET_STD,
+) -> Tensor:
+    """Return images (..., 3, H, W) as float32 by statistics of channels; only uint8 changes."""
     if images.dtype != torch.uint8:
         return images
-    mean, std = _statistics(images.device)
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+    shift, scale = (_channels(x, images.device) for x in (mean, std))
+    return images.to(torch.float32).div_(255).sub_(shift).div_(scale)
 
 
 @functools.cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return CLIP's mean and standard deviation, copied to a device once: copying waits for it."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return mean.to(device), std.to(device)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a number a channel, copied to a device once: copying waits for it."""
+    return torch.tensor(values).view(3, 1, 1).to(device)
 
 
 def cut_grid(patches: Tensor, grid: Grid, box: Box, target: Grid) -> Tensor:

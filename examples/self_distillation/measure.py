@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.common.images import normalise
 from examples.demo.drawing import draw
 from examples.demo.scenes import ATTRIBUTES, RELATIONS, Scene, sample_scene
 from examples.evaluation.probes import Labelled, knn, linear_probe
@@ -33,7 +34,6 @@ from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD, Dinov3Teacher
 
 TRAIN, TEST = 1000, 400
 """Scenes of a family."""
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,12 +107,16 @@ def encode(teacher: Dinov3Teacher, images: Tensor) -> Tensor:
 
 def scene_images(scenes: list[Scene], purpose: str, size: int = 64) -> Tensor:
     """(N, 3, size, size) normalised by ImageNet's statistics."""
+    return normalise(scene_pixels(scenes, purpose, size), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def scene_pixels(scenes: list[Scene], purpose: str, size: int) -> Tensor:
+    """(N, 3, size, size) uint8."""
     pictures = [
         np.asarray(draw(scene, random.Random(f"{purpose}/{i}"), size))
         for i, scene in enumerate(scenes)
     ]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (images - MEAN) / STD
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def family_scenes(family: str, count: int, *, unseen: bool) -> tuple[list[Scene], list[int]]:

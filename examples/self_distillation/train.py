@@ -22,6 +22,7 @@ from examples.common.files import (
     write_atomically,
     write_json,
 )
+from examples.common.images import normalise
 from examples.common.parallel import seed_generators
 from examples.common.signals import Interrupted, StopRequest
 from examples.demo.drawing import draw
@@ -31,8 +32,6 @@ from examples.self_distillation.crops import sample_views
 from examples.self_distillation.objective import SelfDistillation
 from examples.self_distillation.settings import Settings
 from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD
-
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def train(
@@ -101,10 +100,10 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step, whose randomness depends on the seed and the step alone."""
     seed_generators(settings.seed + 1_000_003 * (step + 1))
-    batch = images[torch.randint(len(images), (settings.batch_size,))].float() / 255
+    batch = images[torch.randint(len(images), (settings.batch_size,))]
     size = images.shape[-1]
     views = sample_views(
-        (batch - MEAN) / STD,
+        normalise(batch, IMAGENET_MEAN, IMAGENET_STD),
         global_size=size,
         local_size=settings.local_size,
         locals_=settings.locals_,
