@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankloss import kernels
 from rankloss.clip import info_nce_and_gradient, positive_mask, sigmoid_and_gradient
-from rankloss.kernels.derivatives import MadeAhead, Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Refusing, Scaled, applied, link_to
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.pair_terms import Pairs, RankedLists, Rows, Terms, list_masks
 from rankloss.plain import plain_loss
@@ -44,7 +44,7 @@ def loss_of_pairs(x: Pairs, terms: Terms) -> Tensor:
     kernels.choose(terms.impl, x.images.device, x.dtype)
     leaves = x[:LEAVES]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)):
-        value: Tensor = pair_loss(*x, *terms, False)[0]
+        value: Tensor = applied(_Value, *x, *terms)
         return value
     links = [None if t is None else link_to(t) for t in leaves]
     found: tuple[Tensor, ...] = applied(_Streamed, *x, terms, *links)
@@ -323,6 +323,15 @@ SCHEMA = (
 pair_loss = torch.library.custom_op("rankloss::pair_loss", run, mutates_args=(), schema=SCHEMA)
 pair_loss.register_fake(_fake)
 loop_over_batch(pair_loss)
+
+
+class _Value(Refusing):
+    """The sum of the terms alone; a function, so that tangents are refused and not dropped."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        found: tuple[Tensor, ...] = pair_loss(*args, False)
+        return found[0]
 
 
 class _Streamed(MadeAhead):

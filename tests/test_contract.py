@@ -8,11 +8,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 from rankloss import (
@@ -53,6 +55,7 @@ class Case(NamedTuple):
         constants: how many of the last arguments receive none (teachers).
         float32: computes in float32 whatever the inputs and autocast are; layers follow autocast.
         heads: has parameters that autocast may round.
+        streams: makes its gradients ahead, and so has none of a higher order.
     """
 
     make: Callable[[], Callable[..., Any]]
@@ -60,6 +63,7 @@ class Case(NamedTuple):
     constants: int = 0
     float32: bool = True
     heads: bool = False
+    streams: bool = False
 
 
 def pairs(n: int = 6, d: int = 8) -> Inputs:
@@ -107,13 +111,22 @@ def with_keys(loss: HighOrderPLLoss) -> HighOrderPLLoss:
     return loss
 
 
-def likelihood(impl: str) -> Callable[..., Tensor]:
-    ranking = torch.tensor([[3, 0, 5, 1], [2, 6, 4, 0], [6, 5, 4, 3]])
+def likelihood(impl: str, places: int = 4, *, each: bool = False) -> Callable[..., Tensor]:
+    """The likelihood of given rankings: their mean, or of `each` with some candidates masked."""
+    ranking = torch.tensor([[3, 0, 5, 1, 2, 6, 4], [2, 6, 4, 0, 1, 3, 5], [6, 5, 4, 3, 2, 1, 0]])
+    mask = torch.arange(21).reshape(3, 7) % 4 != 0
 
-    def f(scores: Tensor, predecessors: Tensor, keys: Tensor) -> Tensor:
-        order = ranking.to(scores.device)
-        tables = Transitions(predecessors, keys)
-        return plackett_luce_nll(scores, order, tables, discount="log", impl=impl, validate=False)
+    def f(scores: Tensor, *tables: Tensor) -> Tensor:
+        return plackett_luce_nll(
+            scores,
+            ranking[:, :places].to(scores.device),
+            Transitions(*tables) if tables else None,
+            discount="log",
+            mask=mask.to(scores.device) if each else None,
+            reduction="none" if each else "mean",
+            impl=impl,
+            validate=False,
+        )
 
     return f
 
@@ -134,10 +147,13 @@ TOKENS = normal((2, 6, 5), (2, 6, 7))
 ROWS = normal((6, 5), (6, 7))
 SCORES = normal((3, 7), (3, 7, 4), (2, 7, 4))
 CASES = {
-    "clip": Case(ClipLoss, pairs()),
-    "rankclip": Case(RankCLIPLoss, pairs()),
+    "clip": Case(ClipLoss, pairs(), streams=True),
+    "rankclip": Case(RankCLIPLoss, pairs(), streams=True),
     "order 3": Case(
-        lambda: with_keys(HighOrderPLLoss(8, 3, transition_dim=4)), pairs(), heads=True
+        lambda: with_keys(HighOrderPLLoss(8, 3, transition_dim=4)),
+        pairs(),
+        heads=True,
+        streams=True,
     ),
     "order 2, top 3": Case(
         lambda: with_keys(
@@ -147,14 +163,15 @@ CASES = {
         ),
         pairs(),
         heads=True,
+        streams=True,
     ),
     "order 3, reference": Case(
         lambda: with_keys(HighOrderPLLoss(8, 3, transition_dim=4, impl="reference")),
         pairs(),
         heads=True,
     ),
-    "siglip": Case(SigLipLoss, pairs()),
-    "cyclip": Case(CyCLIPLoss, pairs()),
+    "siglip": Case(SigLipLoss, pairs(), streams=True),
+    "cyclip": Case(CyCLIPLoss, pairs(), streams=True),
     "alip": Case(lambda: Named(ALIPLoss().eval(), "caption_features"), pairs_and(1)),
     "ito": Case(
         lambda: Named(ITOLoss(), "other_view_features", "fused_features", "other_fused_features"),
@@ -163,17 +180,32 @@ CASES = {
     "ito fusion": Case(
         seeded(lambda: ITOFusion(8)), normal((2, 5, 8), (2, 3, 8)), float32=False, heads=True
     ),
-    "likelihood, blocked": Case(lambda: likelihood("blocked"), SCORES),
-    "likelihood, reference": Case(lambda: likelihood("reference"), SCORES),
-    "gram": Case(GramLoss, TOKENS, constants=1),
+    **{
+        f"{name}, {impl}": Case(make, inputs, streams=impl == "blocked")
+        for impl in ("blocked", "reference")
+        for name, make, inputs in (
+            ("likelihood", partial(likelihood, impl), SCORES),
+            ("likelihoods of all places", partial(likelihood, impl, 7, each=True), SCORES),
+            ("likelihood of order 1", partial(likelihood, impl), normal((3, 7))),
+            ("likelihoods of order 1", partial(likelihood, impl, each=True), normal((3, 7))),
+        )
+    },
+    "gram": Case(GramLoss, TOKENS, constants=1, streams=True),
     "gram, reference": Case(lambda: GramLoss(impl="reference"), TOKENS, constants=1),
-    "gram, batch, clamped": Case(lambda: GramLoss("batch", "clamp"), TOKENS, constants=1),
-    "gram, teacher clamped": Case(lambda: GramLoss(negatives="clamp_teacher"), TOKENS, constants=1),
+    "gram, batch, clamped": Case(
+        lambda: GramLoss("batch", "clamp"), TOKENS, constants=1, streams=True
+    ),
+    "gram, teacher clamped": Case(
+        lambda: GramLoss(negatives="clamp_teacher"), TOKENS, constants=1, streams=True
+    ),
     "gram distance, blocked": Case(
-        lambda: lambda s, t: gram_distance(s, t, "keep", "blocked").sum(), TOKENS, constants=1
+        lambda: lambda s, t: gram_distance(s, t, "keep", "blocked"),
+        TOKENS,
+        constants=1,
+        streams=True,
     ),
     "gram distance, reference": Case(
-        lambda: lambda s, t: gram_distance(s, t, "keep", "reference").sum(), TOKENS, constants=1
+        lambda: lambda s, t: gram_distance(s, t, "keep", "reference"), TOKENS, constants=1
     ),
     "relational distance": Case(RelationalDistanceLoss, ROWS, constants=1),
     "relational angle": Case(RelationalAngleLoss, ROWS, constants=1),
@@ -336,17 +368,41 @@ def test_without_gradient(case: Case) -> None:
     assert not value.requires_grad
     assert torch.equal(value, expected.detach())
     assert torch.equal(inferred, expected.detach())
+    if case.float32 and not case.heads:  # another op than with gradient
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(scalar(f(*given)), value)
+
+
+@cases(streams=True)
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::DeprecationWarning")
+def test_other_derivatives_are_refused_with_the_remedy(case: Case) -> None:
+    """Second ones, tangents and Hessians, rather than zeros."""
+    f, given = case.make(), arguments(case)
+    for which in range(len(given) - case.constants):
+
+        def value(x: Tensor, which: int = which) -> Tensor:
+            return scalar(f(*given[:which], x, *given[which + 1 :]))
+
+        leaf = given[which].clone().requires_grad_()
+        for above in (value(leaf.clone()), value(leaf).square()):
+            (gradient,) = torch.autograd.grad(above, leaf, create_graph=True)
+            assert gradient.requires_grad
+            with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
+                torch.autograd.grad(gradient.square().sum() + leaf.square().sum(), leaf)
+        for transform in (torch.func.jacfwd, torch.func.hessian):
+            with pytest.raises(NotImplementedError, match=r"forward mode.*impl='reference'"):
+                transform(value)(given[which])
 
 
 @cases(constants=1)
 def test_teachers_receive_no_gradient(case: Case) -> None:
     student, teacher = (x.requires_grad_() for x in arguments(case))
-    value = case.make()(student, 2 * teacher)
-    value.backward()
+    value = scalar(case.make()(student, 2 * teacher))
+    torch.autograd.backward(value)
     assert student.grad is not None
     assert student.grad.abs().max() > 0
     assert teacher.grad is None
-    assert not case.make()(student.detach(), teacher).requires_grad
+    assert not scalar(case.make()(student.detach(), teacher)).requires_grad
 
 
 # ---------------------------------------------------------------- layouts
@@ -365,11 +421,14 @@ def test_any_layout(case: Case) -> None:
 
 
 @cases()
-def test_meta_tensors(case: Case) -> None:
+def test_tensors_without_numbers(case: Case) -> None:
     f = case.make()
     real = run(case, f, arguments(case))
     g = copy.deepcopy(f).to("meta") if isinstance(f, nn.Module) else f
     fake = run(case, g, [x.to("meta") for x in arguments(case)])
+    assert [(x.shape, x.dtype) for x in fake] == [(x.shape, x.dtype) for x in real]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = run(case, f, [mode.from_tensor(x) for x in arguments(case)])
     assert [(x.shape, x.dtype) for x in fake] == [(x.shape, x.dtype) for x in real]
 
 
@@ -388,20 +447,28 @@ def test_compiles_to_one_graph_of_the_same_bits(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule
 @pytest.mark.parametrize("what", ["value", "gradient"])
 def test_vmap_equals_a_loop(what: str, case: Case) -> None:
-    """The first call is under vmap, where no value can be read."""
+    """The first call is under vmap, where no value can be read; some arguments may be shared."""
     batches = [arguments(case, seed=seed) for seed in range(3)]
-    stacked = [torch.stack(x) for x in zip(*batches, strict=True)]
+    count = len(batches[0])
+    shared = {(0,) * count, (0, *[None] * (count - 1)), (*[None] * (count - 1), 0)}
 
     def transformed(f: Callable[..., Any]) -> Any:
-        return (
-            torch.func.grad(lambda *x: scalar(f(*x)))
-            if what == "gradient"
-            else (lambda *x: scalar(f(*x)))
-        )
+        if what == "value":
+            return lambda *x: (scalar(f(*x)),)
+        return torch.func.grad(lambda *x: scalar(f(*x)), tuple(range(count - case.constants)))
 
-    actual = torch.func.vmap(transformed(case.make()))(*stacked)
-    loop = transformed(case.make())
-    assert_close([actual], [torch.stack([loop(*x) for x in batches])], rounding=64.0)
+    for in_dims in sorted(shared, key=str):
+        given = [
+            torch.stack(x) if d == 0 else x[0]
+            for x, d in zip(zip(*batches, strict=True), in_dims, strict=True)
+        ]
+        actual = torch.func.vmap(transformed(case.make()), in_dims)(*given)
+        loop = transformed(case.make())
+        each = [
+            loop(*(x[i] if d == 0 else x for x, d in zip(given, in_dims, strict=True)))
+            for i in range(3)
+        ]
+        assert_close(list(actual), [torch.stack(x) for x in zip(*each, strict=True)], rounding=64.0)
 
 
 # ---------------------------------------------------------------- copies and state
@@ -428,10 +495,3 @@ def test_copies_compute_the_same(how: str, case: Case) -> None:
     else:
         again = copy.deepcopy(f) if how == "deepcopy" else pickle.loads(pickle.dumps(f))
     assert torch.equal(scalar(again(*given)), expected)
-
-
-@cases()
-def test_shows_itself(case: Case) -> None:
-    f = case.make()
-    if isinstance(f, nn.Module):
-        assert type(f).__name__ in repr(f)

@@ -11,12 +11,10 @@ from torch import Tensor
 from rankloss import (
     ClipLoss,
     HighOrderPLLoss,
-    RankCLIPLoss,
-    Transitions,
     plackett_luce_nll,
 )
 from tests.helpers.features import LOSSES, each_loss, features, randomize
-from tests.helpers.problems import each_implementation, each_streaming, make_problem
+from tests.helpers.problems import each_implementation, make_problem
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -46,55 +44,6 @@ def assert_equal_bits(a: list[Tensor], b: list[Tensor]) -> None:
 
 
 # ---------------------------------------------------------------- autocast
-
-
-@pytest.mark.parametrize("autocast", HALF, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("make", [ClipLoss, RankCLIPLoss])
-def test_scores_ignore_autocast(
-    make: Callable[[], HighOrderPLLoss], dtype: torch.dtype, autocast: torch.dtype
-) -> None:
-    loss = make()
-    plain = value_and_gradients(loss, loss, dtype)
-    cast = value_and_gradients(loss, loss, dtype, autocast)
-    assert cast[0].dtype == torch.float32
-    assert_equal_bits(cast, plain)
-
-
-@each_implementation
-@pytest.mark.parametrize("autocast", HALF, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-@pytest.mark.parametrize("order", [1, 3])
-def test_likelihood_ignores_autocast(
-    order: int, dtype: torch.dtype, autocast: torch.dtype, impl: str
-) -> None:
-    p = make_problem(0, 5, 9, 7, order, keep=0.8, dtype=dtype)
-
-    def run(enabled: bool) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in p.tensors()]
-        tables = Transitions(*leaves[1:]) if p.transitions else None
-        with torch.autocast("cpu", autocast, enabled=enabled):
-            value = plackett_luce_nll(leaves[0], p.ranking, tables, mask=p.mask, impl=impl)
-            with torch.no_grad():  # another op
-                alone = plackett_luce_nll(leaves[0], p.ranking, tables, mask=p.mask, impl=impl)
-        return [alone, value.detach(), *torch.autograd.grad(value, leaves)]
-
-    assert_equal_bits(run(True), run(False))
-
-
-@each_streaming
-@pytest.mark.parametrize("autocast", HALF, ids=str)
-def test_streaming_ignores_autocast_in_the_backward_pass_too(
-    autocast: torch.dtype, impl: str
-) -> None:
-    p = make_problem(0, 5, 9, 7, 3, dtype=torch.float32)
-    results = []
-    for enabled in (False, True):
-        leaves = [x.detach().requires_grad_() for x in p.tensors()]
-        with torch.autocast("cpu", autocast, enabled=enabled):
-            value = plackett_luce_nll(leaves[0], p.ranking, Transitions(*leaves[1:]), impl=impl)
-            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
-    assert_equal_bits(*results)
 
 
 @pytest.mark.parametrize("autocast", HALF, ids=str)

@@ -28,21 +28,6 @@ def test_accumulating_micro_batches_is_summing_their_gradients(
         assert torch.equal(x.grad, g)
 
 
-@each_loss
-def test_evaluation_without_grad(make: Callable[[], HighOrderPLLoss]) -> None:
-    """eval() changes nothing; neither does the absence of gradients."""
-    loss = make()
-    image, text = features(9, dtype=torch.float32)
-    trained = loss(image, text, 20.0)
-    loss.eval()
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            value = loss(image, text, 20.0)
-            assert not value.requires_grad
-            assert torch.equal(value, trained)
-            assert loss.last_stats
-
-
 # ---------------------------------------------------------------- state
 
 
