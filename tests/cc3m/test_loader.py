@@ -109,6 +109,8 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(shards: str) -> 
     assert torch.equal(images, same)
     assert run(1, 1)[0] != order
     assert run(0, 2)[0] != order
+    shares = {str(loader(shards, shuffle=1).order.share(Position(i), 0, 1)) for i in range(6)}
+    assert len(shares) > 1  # of whole shards too
     noise = dict(zip(order, images[:, 0, 0, 0].tolist(), strict=True))
     for seed, epoch in ((1, 1), (0, 2)):  # the same sample is augmented in another way
         found, pixels = run(seed, epoch)
@@ -151,6 +153,8 @@ def test_workers_and_ranks_share_the_samples(shards: str) -> None:
     assert sorted(numbers(two)) == list(range(24))
     ranks = [list(loader(shards, shuffle=10, rank=r, world_size=3).epoch()) for r in range(3)]
     assert sorted(x for batches in ranks for x in numbers(batches)) == list(range(24))
+    places = {tuple(x % PER_SHARD for x in numbers(batches)) for batches in ranks}
+    assert len(places) == 3  # each shuffles its own shard in its own way
 
 
 def test_too_many_streams_are_refused(shards: str) -> None:

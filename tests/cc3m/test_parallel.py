@@ -350,16 +350,33 @@ def test_processes_with_other_weights_are_told_apart(
         assert "processes differ in step or weights" in told
 
 
-def count_steps(folder: str) -> int:
-    run = trainer(folder, count=2 + 3 * dist.get_rank(), epochs=1)
-    run.fit("test", StopRequest())
-    return run.step
+def count_steps(folder: str) -> tuple[int, list[float]]:
+    """Steps, and the running statistics that are evaluated, which each process has of its own."""
+    rank, seen = dist.get_rank(), []
+    run = trainer(folder, count=2 + 3 * rank, epochs=1)
+    run.towers.register_buffer("statistics", torch.zeros(()), persistent=False)
+    update = run.update
+
+    def unlike(parts: list[Batch]) -> dict[str, Tensor]:
+        found = update(parts)
+        run.towers.get_buffer("statistics").fill_(rank + 1.0)
+        return found
+
+    run.update = unlike  # type: ignore[method-assign]
+
+    def evaluate(run: Trainer) -> bool:
+        seen.append(float(run.towers.get_buffer("statistics")))
+        return True
+
+    run.fit("test", StopRequest(), evaluate)
+    return run.step, seen
 
 
 def test_every_process_takes_as_many_steps_as_the_one_with_least_data(
     two: ProcessGroup, tmp_path: Path
 ) -> None:
-    assert two.run(count_steps, str(tmp_path)) == [2, 2]
+    """And evaluates with the first one's statistics."""
+    assert two.run(count_steps, str(tmp_path)) == [(2, [1.0])] * 2
 
 
 def one_bad_process(folder: str) -> tuple[int, bool]:

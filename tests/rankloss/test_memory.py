@@ -1,11 +1,15 @@
 """Memory of the streaming implementations: held at a time, and saved for the backward pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankloss.kernels import blocked
+from rankloss import ClipLoss, CyCLIPLoss, RankCLIPLoss, SigLipLoss
+from rankloss.kernels import blocked, plackett_luce
 from rankloss.kernels.signature import Lists
+from tests.helpers.features import features
 from tests.helpers.problems import arguments, each_streaming, make_problem
 from tests.helpers.recorder import Recorder
 from tests.properties import nll
@@ -53,3 +57,23 @@ def test_little_is_saved_for_backward(order: int, impl: str) -> None:
     allowed += 8 * n * k + 8 * n + 4 * k  # ranking, lengths, weights
     assert sum(saved.values()) <= allowed + 4 * n * m  # and one spare copy of the scores
     assert allowed < 4 * n * k * m / 4
+
+
+@pytest.mark.parametrize("make", [ClipLoss, RankCLIPLoss, SigLipLoss, CyCLIPLoss])
+def test_gradients_made_ahead_hold_no_input(make: Callable[[], nn.Module]) -> None:
+    """A graph that waits for its backward pass lets features, and scores, go."""
+    image, text = features(9)
+    x = Lists(*arguments(make_problem(0, 4, 9, 7, 1)))
+    scores, empty = x.scores.requires_grad_(), x.keys
+    held: set[int] = set()
+
+    def pack(saved: Tensor) -> Tensor:
+        held.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        value = make()(image, text, 10.0)
+        value = value + plackett_luce(*x[:4], empty, empty, anchor_weights=torch.ones(4))
+    assert value.requires_grad
+    assert len(held) > 2
+    assert not held & {y.untyped_storage().data_ptr() for y in (image, text, scores)}
