@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.cc3m.data.features import FORMAT, FeatureFolder
+from examples.cc3m.data.features import FORMAT, FeatureFolder, file_hash
 from examples.cc3m.data.quantised import DTYPES, bytes_of_image
 from examples.cc3m.data.teacher import PRECISIONS, Extractor, fit_pca, load_pca, load_teacher
 from examples.common.files import UserError, claim_directory, locked, write_atomically, write_json
@@ -83,7 +83,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("shards", nargs="+", help="tar files in one folder, or '{00000..00331}' patterns of them")
     add("--model", default="vit_base_patch16_dinov3", help="name in timm or transformers")
     add("--model-options", type=json.loads, default={}, help='JSON, for example {"depth": 2}')
-    add("--random-weights", action="store_true", help="no download; features mean nothing")
+    source = parser.add_mutually_exclusive_group()
+    random_help = "no download; features mean nothing"
+    source.add_argument("--random-weights", action="store_true", help=random_help)
+    source.add_argument("--weights", type=Path, help="a file of weights for a model of timm")
     add("--resolution", type=int, default=224, help="of images, a multiple of the patch size")
     add("--dim", type=int, default=256, help="of the PCA; 0 keeps all dimensions")
     add("--pca", type=Path, help="use this PCA (of a first run) instead of fitting one")
@@ -260,6 +263,8 @@ def _settings(
 ) -> dict[str, Any]:
     """All that determines features, apart from the images."""
     pca: dict[str, Any] | None = None
+    # by what it holds, wherever it lies; features made without such a file do not say so
+    file = {} if options.weights is None else {"weights_file": file_hash(options.weights)}
     if given is not None:
         pca = {"given": given.content_hash()}
     elif options.dim:
@@ -270,6 +275,7 @@ def _settings(
         "model": options.model,
         "model_options": options.model_options,
         "random_weights": options.random_weights,
+        **file,
         "weights_hash": teacher.weights_hash(),
         "resolution": options.resolution,
         "precision": options.precision,

@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from examples.cc3m.distilled import AnchorSettings, DistilledCLIP
 from examples.cc3m.multi_view import MultiViewCLIP, check_inputs
 from examples.common.files import UserError
 from examples.common.images import CentreCrop
@@ -40,6 +41,11 @@ class Recipe:
         variant: key of `rankloss.fusion.FUSION_VARIANTS`; "none" has no student.
         distillation: the student's, {"PatchDistillation": {arguments}}, or None.
         gate_weight: weight of mean |gate|.
+        teacher_scale: resolution of the teacher's features, at least, as a multiple of the model's
+            image size. Finer features are averaged to the student's grid before the Gram loss
+            normalises them (DINOv3's high-resolution Gram).
+        text_teacher: distil the student's text branch, too, as `DistilledCLIP` does.
+        anchor: arguments of `AnchorSettings`, or None.
         views: random crops of each image.
         captions: where each caption of a sample comes from, as in `decode_caption`.
         fusion: arguments of `ITOFusion`, for training only, or None.
@@ -51,6 +57,9 @@ class Recipe:
     variant: str = "none"
     distillation: dict[str, Any] | None = None
     gate_weight: float = 1e-3
+    teacher_scale: float = 1.0
+    text_teacher: bool = False
+    anchor: dict[str, Any] | None = None
     views: int = 1
     captions: Sequence[str] = ("txt",)
     fusion: dict[str, Any] | None = None
@@ -70,13 +79,42 @@ class Recipe:
             )
         if not self.gate_weight >= 0:
             raise ValueError(f"gate_weight must not be negative, got {self.gate_weight}")
-        if self.distillation is not None:
-            build("distillation", self.distillation, (PatchDistillation,))
-            if not FUSION_VARIANTS[self.variant].image:
-                raise ValueError(
-                    "distillation trains a student that only an injection into the image tower "
-                    "uses; choose another variant, or leave distillation out"
-                )
+        self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if not self.teacher_scale >= 1:
+            raise ValueError(f"teacher_scale must be at least 1, got {self.teacher_scale}")
+        asked = {"text_teacher": self.text_teacher, "anchor": self.anchor is not None}
+        asked["teacher_scale"] = self.teacher_scale > 1
+        if self.distillation is None:
+            if any(asked.values()):
+                names = " and ".join(name for name, there in asked.items() if there)
+                raise ValueError(f"{names} belong to a distillation; there is none")
+            return
+        distils: Any = build("distillation", self.distillation, (PatchDistillation,))
+        if not FUSION_VARIANTS[self.variant].image:
+            raise ValueError(
+                "distillation trains a student that only an injection into the image tower "
+                "uses; choose another variant, or leave distillation out"
+            )
+        if self.text_teacher and not FUSION_VARIANTS[self.variant].text:
+            raise ValueError(
+                f"text_teacher distils a text branch, which variant {self.variant!r} has not"
+            )
+        if self.text_teacher and distils.relational_weight == 0:
+            raise ValueError("text_teacher is a relational loss; relational_weight must not be 0")
+        if self.anchor is not None:
+            AnchorSettings(**self.anchor)
+            if not distils.needs_teacher:
+                raise ValueError("anchor needs a student that is distilled; all its weights are 0")
+
+    @property
+    def of_training(self) -> dict[str, Any]:
+        """Return what `DistilledCLIP` takes beside the arguments of `DinoRankCLIP`, if anything."""
+        if not self.text_teacher and self.anchor is None:
+            return {}
+        anchor = None if self.anchor is None else AnchorSettings(**self.anchor)
+        return {"text_teacher": self.text_teacher, "anchor": anchor}
 
     @property
     def multi_view(self) -> bool:
@@ -188,25 +226,26 @@ def build_towers(
         recipe: what to train with.
         config: the model's, which is built first: every recipe starts from the same one.
         student: arguments of `DualBranchStudent`; None: ViT-Tiny of the model's sizes.
-        inference: leave out what only training on several views has.
+        inference: leave out what only training has.
 
     Raises:
         UserError: the model cannot be built from its configuration.
     """
     architecture = {"open_clip": {**copy.deepcopy(config), **recipe.model, "output_dict": True}}
     common: dict[str, Any] = {"architecture": architecture, "loss": recipe.loss}
+    injected: dict[str, Any] = {
+        "variant": recipe.variant,
+        "student": student,
+        "distillation": recipe.distillation,
+        "gate_weight": recipe.gate_weight,
+    }
     try:
-        towers = (
-            MultiViewCLIP(recipe.fusion, **common)
-            if recipe.multi_view and not inference
-            else DinoRankCLIP(
-                **common,
-                variant=recipe.variant,
-                student=student,
-                distillation=recipe.distillation,
-                gate_weight=recipe.gate_weight,
-            )
-        )
+        if recipe.multi_view and not inference:
+            towers: DinoRankCLIP = MultiViewCLIP(recipe.fusion, **common)
+        elif recipe.of_training and not inference:
+            towers = DistilledCLIP(**recipe.of_training, **common, **injected)
+        else:
+            towers = DinoRankCLIP(**common, **injected)
     except (TypeError, ValueError) as error:
         raise UserError(f"recipe {recipe.label!r} does not fit the model: {error}") from error
     visual: Any = towers.model.visual

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from examples.cc3m.data.batch import Batch
+from examples.cc3m.distilled import DistilledCLIP
 from examples.cc3m.monitor import Clock, Stamp
 from examples.cc3m.settings import DTYPES, TrainSettings
 from examples.common.checkpoint import (
@@ -209,6 +210,8 @@ class TrainStep:
         with self.clock.span("optimizer"):
             if not self._apply_gradients(terms):
                 self.guard.bad(step, parts, terms)
+            elif isinstance(self.towers, DistilledCLIP):
+                self.towers.after_step(step, total)
         costs = {
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,

@@ -51,9 +51,11 @@ from examples.cc3m.data.inputs import (
     open_features,
     open_loader,
     plan_epochs,
+    told_features,
     told_roofline,
     told_shared_memory,
 )
+from examples.cc3m.distilled import DistilledCLIP
 from examples.cc3m.evaluation import Evaluator
 from examples.cc3m.loop import Trainer
 from examples.cc3m.model import export, load_whole, prepare
@@ -232,6 +234,10 @@ class Run(contextlib.ExitStack):
             log.tell(f"going on after step {trainer.step} of {trainer.total_steps}")
         else:
             log.tell(f"ready after {time.perf_counter() - self.started:.1f} s")
+        if self.features is not None and self.loader.grid is not None:
+            log.tell(told_features(self.features, self.loader.grid))
+        if isinstance(trainer.towers, DistilledCLIP):
+            log.tell(f"also distilled: {trainer.towers.told_distillation()}")
         if self.loader.workers:
             log.tell(told_shared_memory(self.loader, local_world_size()))
         return log

@@ -1,5 +1,6 @@
 """Extraction: right features under the right keys, whatever breaks, and whenever it is killed."""
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from safetensors.torch import save_file
 
 from examples.cc3m import gram_fidelity
 from examples.cc3m.data import teacher
@@ -152,6 +154,43 @@ def test_manifest_says_what_made_the_features(images: Path) -> None:
     assert 0 < manifest["pca_explained"] <= 1
     assert (folder / "pca.png").stat().st_size > 1000
     assert (folder / "pca.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_weights_from_a_file_are_known_by_what_it_holds(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it lies: the same bytes go on, other bytes do not, and no place is written down."""
+    teacher = Dinov3Teacher(NAME, pretrained=False, **OPTIONS)
+    places = [tmp_path / "one.safetensors", tmp_path / "elsewhere" / "two.safetensors"]
+    places[1].parent.mkdir()
+    for place in places:
+        save_file(teacher.model.state_dict(), place)
+    command = [pattern(images), *(x for x in COMMAND if x != "--random-weights"), "--weights"]
+    assert main([*command, str(places[0])]) == 0
+    folder = images / "features"
+    written = contents(folder)
+    assert main([*command, str(places[1])]) == 0
+    assert contents(folder) == written
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["weights_hash"] == teacher.weights_hash()
+    assert manifest["weights_file"] == hashlib.sha256(places[0].read_bytes()).hexdigest()
+    assert not manifest["random_weights"]
+    for name in ("manifest.json", "settings.json"):
+        assert str(tmp_path) not in (folder / name).read_text()
+    other = Dinov3Teacher(NAME, pretrained=False, **OPTIONS)
+    save_file(other.model.state_dict(), places[1])
+    capsys.readouterr()
+    assert main([*command, str(places[1])]) == 2
+    assert "weights_file: " in capsys.readouterr().err
+    places[1].write_text("no weights")
+    missing = str(tmp_path / "none.safetensors")
+    for given, told in (
+        ([str(places[1])], f"cannot load {NAME}"),
+        ([missing], f"cannot load {NAME}"),
+        ([str(places[0]), "--model", "some/model"], "--weights is a file for a model of timm"),
+    ):
+        assert main([*command, *given]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_broken_images_are_counted_and_left_out(

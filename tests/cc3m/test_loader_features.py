@@ -16,9 +16,10 @@ from examples.cc3m import extract_dinov3, recipe
 from examples.cc3m.data import teacher
 from examples.cc3m.data.batch import Batch
 from examples.cc3m.data.features import FORMAT, FeatureFolder, FeatureReader
+from examples.cc3m.data.inputs import open_features
 from examples.cc3m.data.loader import ShardLoader
 from examples.cc3m.data.positions import Position
-from examples.cc3m.settings import parse
+from examples.cc3m.settings import RunSettings, parse
 from examples.cc3m.train import Run
 from examples.common.files import UserError, write_json
 from examples.common.images import CentreCrop, Crop, RandomCrop, cut_grid
@@ -221,8 +222,12 @@ def test_the_script_gives_every_recipe_the_same_images(
 
 def test_features_that_do_not_fit_are_refused(shards: list[str], reader: FeatureReader) -> None:
     folder = reader.folder.path
-    with pytest.raises(UserError, match="at 48 pixels, fewer than the model's 64; extract them"):
+    with pytest.raises(UserError, match="at 48 pixels, fewer than the 64 that the recipe needs"):
         FeatureReader(folder, least_resolution=64)
+    settings = RunSettings(features=folder)
+    assert open_features(settings, recipe.load_recipe("image_only"), TINY_CLIP) is not None
+    with pytest.raises(UserError, match="at 48 pixels, fewer than the 64 that the recipe needs"):
+        open_features(settings, recipe.load_recipe("dinorankclip"), TINY_CLIP)  # twice 32 pixels
     write_json(folder / "manifest.json", {**reader.manifest, "format": 1})
     with pytest.raises(UserError, match="older format, which shows the centre"):
         FeatureReader(folder)

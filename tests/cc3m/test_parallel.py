@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from examples.cc3m.data.batch import Batch
 from examples.cc3m.data.features import Features
 from examples.cc3m.data.positions import Position, ShardOrder
+from examples.cc3m.distilled import DistilledCLIP
 from examples.cc3m.loop import Trainer
 from examples.cc3m.monitor import Clock
 from examples.cc3m.recipe import build_towers, load_recipe
@@ -27,10 +28,16 @@ from examples.common.signals import Interrupted, StopRequest
 from rankloss import DinoRankCLIP
 from tests.helpers.processes import ProcessGroup
 
-PAIRS, STEPS, IMAGE, WORDS = 8, 3, 16, 8
+PAIRS, STEPS, IMAGE, WORDS = 8, 3, 32, 8
 VIT: dict[str, Any] = {
     "embed_dim": 8,
-    "vision_cfg": {"layers": 2, "width": 16, "head_width": 8, "image_size": IMAGE, "patch_size": 8},
+    "vision_cfg": {
+        "layers": 2,
+        "width": 16,
+        "head_width": 8,
+        "image_size": IMAGE,
+        "patch_size": 16,
+    },
     "text_cfg": {"context_length": WORDS, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
 }
 STUDENT: dict[str, Any] = {
@@ -47,7 +54,17 @@ def towers(recipe: str, dtype: torch.dtype = torch.float64) -> DinoRankCLIP:
     for name, parameter in built.loss.named_parameters():
         if "key" in name:  # they start at zero, where nothing reaches the other tables
             nn.init.normal_(parameter, std=0.3)
+    if isinstance(built, DistilledCLIP):
+        take_anchor(built)
     return built
+
+
+def take_anchor(module: DistilledCLIP) -> None:
+    """Let a model of which no step was done have an anchor: other weights than the student's."""
+    assert module.anchor is not None
+    module.anchor.refreshes += 1
+    for parameter in module.anchor.parameters():
+        nn.init.normal_(parameter, std=0.3)
 
 
 def batch(seed: int = 1, pairs: int = PAIRS, dtype: torch.dtype = torch.float64) -> Batch:
@@ -55,7 +72,7 @@ def batch(seed: int = 1, pairs: int = PAIRS, dtype: torch.dtype = torch.float64)
     images = torch.randn(pairs, 3, IMAGE, IMAGE, generator=g, dtype=torch.float64).to(dtype)
     texts = torch.randint(1, 49, (pairs, WORDS), generator=g)
     texts[:, -1] = 49  # the largest id ends a text
-    teacher = Features(*(torch.randn(pairs, *x, generator=g).to(dtype) for x in ((1, 6), (5,))))
+    teacher = Features(*(torch.randn(pairs, *x, generator=g).to(dtype) for x in ((4, 6), (5,))))
     keys = [f"{seed}-{i}" for i in range(pairs)]
     return Batch(images, texts, 0, 0, keys=keys, teacher=teacher)
 
@@ -95,7 +112,8 @@ def gradients(
     settings = TrainSettings(sharding=sharding or "ddp")  # type: ignore[arg-type]
     Gradients(module, settings, parallel, scaler, clock)(parts)
     found = {}
-    for name, p in module.named_parameters():
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    for name, p in trained:
         assert p.grad is not None, name
         whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         found[name] = whole.detach().clone()
@@ -244,13 +262,15 @@ class Batches:
             )
 
 
-def trainer(folder: str, count: int = STEPS, **settings: Any) -> Trainer:
+def trainer(
+    folder: str, count: int = STEPS, recipe: str = "highorder_r3", **settings: Any
+) -> Trainer:
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     chosen = TrainSettings(
         **{"epochs": 2, "batch_size": PAIRS, "warmup_steps": 2, "learning_rate": 0.01, **settings}
     )
-    module = towers("highorder_r3", torch.float32)
+    module = towers(recipe, torch.float32)
     torch.manual_seed(rank)
     loader = Batches(count * chosen.accumulate, chosen.part_size(world))
     parallel = Parallel(rank, world)
@@ -287,8 +307,13 @@ def train(folder: str, settings: dict[str, Any], stop_after: int = 0) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate": 2, "precision": "amp_bf16"}, {"sharding": "fsdp2", "ema_decay": 0.9}],
-    ids=["ddp", "parts in bf16", "fsdp2"],
+    [
+        {},
+        {"accumulate": 2, "precision": "amp_bf16"},
+        {"sharding": "fsdp2", "ema_decay": 0.9},
+        {"sharding": "fsdp2", "recipe": "dinorankclip"},
+    ],
+    ids=["ddp", "parts in bf16", "fsdp2", "an anchor, fsdp2"],
 )
 def test_processes_stop_together_and_resume_exactly(
     two: ProcessGroup, tmp_path: Path, settings: dict[str, Any]

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import nn
 
+from examples.cc3m.distilled import AnchorSettings
 from examples.cc3m.recipe import (
     RECIPES,
     SMALL_CLIP,
@@ -49,21 +50,26 @@ def test_a_recipe_spells_out_every_weight_it_has(name: str) -> None:
     if said.get("distillation"):
         known = set(inspect.signature(PatchDistillation).parameters)
         assert known - set(said["distillation"]["PatchDistillation"]) == {"distance", "angle"}
+    if said.get("anchor"):
+        assert said["anchor"].keys() == inspect.signature(AnchorSettings).parameters.keys()
     gated = FUSION_VARIANTS[said.get("variant", "none")].stages.gate
     assert ("gate_weight" in said) == (gated and said.get("variant", "none") != "none")
 
 
 def test_weights_are_the_methods() -> None:
-    full, third = load_recipe("dinorankclip"), load_recipe("highorder_r3")
+    full, third = load_recipe("fusion_full"), load_recipe("highorder_r3")
     assert full.loss["HighOrderPLLoss"]["cross_modal_weight"] == 1 / 16
     assert full.loss["HighOrderPLLoss"]["in_modal_weight"] == 1 / 16
     assert full.distillation is not None
     distillation = full.distillation["PatchDistillation"]
     assert (distillation["gram_weight"], distillation["relational_weight"]) == (1.0, 1.0)
     assert (full.variant, full.gate_weight) == ("full", 1e-3)
-    for ours, theirs in (("full", "dinorankclip"), ("image-only", "image_only")):
-        other = load_recipe(theirs)
-        assert replace(load_recipe(f"fusion_{ours}"), label=other.label) == other
+    image_only, method = load_recipe("image_only"), load_recipe("dinorankclip")
+    assert replace(load_recipe("fusion_image-only"), label=image_only.label) == image_only
+    more = {"teacher_scale": 2.0, "text_teacher": True, "anchor": method.anchor}
+    loss = {"HighOrderPLLoss": {**full.loss["HighOrderPLLoss"], "top_k": 256}}
+    assert replace(full, label=method.label, loss=loss, **more) == method
+    assert method.anchor == asdict(AnchorSettings(1.0, 0.999, first=0.3, every=0.1, most=3))
     for name in FUSION_VARIANTS:
         recipe = load_recipe(f"fusion_{name}")
         assert recipe.variant == name
@@ -142,6 +148,14 @@ def high(**arguments: Any) -> dict[str, Any]:
     return wrong(loss={"HighOrderPLLoss": {"order": 3, **arguments}})
 
 
+ANCHOR: dict[str, Any] = {"weight": 1.0, "decay": 0.9, "first": 0.0, "every": 0.5}
+
+
+def distilled(arguments: dict[str, float] | None = None, **changes: Any) -> dict[str, Any]:
+    distillation = {"PatchDistillation": arguments or {}}
+    return wrong(**{"variant": "full", "distillation": distillation, **changes})
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -179,6 +193,24 @@ def high(**arguments: Any) -> dict[str, Any]:
             wrong(variant="full", distillation={"PatchDistillation": {"relations": "mean"}}),
             "relations",
         ),
+        (wrong(anchor=ANCHOR, text_teacher=True), "text_teacher and anchor belong to a disti"),
+        (wrong(teacher_scale=2.0), "teacher_scale belong to a distillation"),
+        (distilled(teacher_scale=0.5), "teacher_scale must be at least 1, got 0.5"),
+        (
+            distilled(text_teacher=True, variant="image-only"),
+            "a text branch, which variant 'image-only' has not",
+        ),
+        (distilled({"relational_weight": 0}, text_teacher=True), "relational_weight must not be 0"),
+        (
+            distilled({"relational_weight": 0, "gram_weight": 0}, anchor=ANCHOR),
+            "all its weights are 0",
+        ),
+        (distilled(anchor={**ANCHOR, "weight": 0}), "weight must be above 0 .* got 0 and 0.9"),
+        (distilled(anchor={**ANCHOR, "decay": 1}), r"decay in \[0, 1\), got 1.0 and 1"),
+        (distilled(anchor={**ANCHOR, "first": 1}), "first must be in .*got 1 and 0.5"),
+        (distilled(anchor={**ANCHOR, "every": 0}), "every in .*got 0.0 and 0"),
+        (distilled(anchor={**ANCHOR, "most": 0}), "most must be at least 1, or null; got 0"),
+        (distilled(anchor={"weight": 1}), "missing 3 required .*'decay', 'first', and 'every'"),
     ],
 )
 def test_bad_files_are_refused_with_the_remedy(tmp_path: Path, data: Any, message: str) -> None:

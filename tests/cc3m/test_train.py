@@ -509,7 +509,7 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     teacher = ["--model", "vit_small_patch16_dinov3", "--random-weights", "--device", "cpu"]
     teacher += ["--model-options", '{"depth": 1, "embed_dim": 24, "num_heads": 2}', "--dim", "8"]
     shards = str(work / "data" / "{00000..00007}.tar")
-    assert extract_dinov3.main([shards, *teacher, "--resolution", "32"]) == 0
+    assert extract_dinov3.main([shards, *teacher, "--resolution", "64"]) == 0
     small = ACT + "recipe.SMALL_STUDENT.update(tiny.TINY_STUDENT)\n"
     features = ("--recipe", "dinorankclip", "--features", str(work / "data" / "features"))
     pairs = str(work / "heldout" / "{00000..00001}.tar")
@@ -517,6 +517,8 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     command = arguments(work, "whole_recipe", *features, *measured)
     code, said = programs.run(command, work, small)
     assert code == 0, said
+    assert "4 x 4 patches of 8 dimensions from 64 pixels, seen as 2 x 2" in said
+    assert "also distilled: the text branch from CLS and mean patch; the image branch from" in said
     trained = DinoRankCLIP.from_pretrained(work / "whole_recipe" / "export")
     assert trained.student is not None
     transform, tokenize = build_transform(TINY_CLIP), build_tokenizer(TINY_CLIP)
@@ -526,7 +528,12 @@ def test_the_whole_recipe_trains_on_features_and_is_exported(
     assert again == pytest.approx({name: reported[name] for name in again}, abs=1e-5)
     assert again.keys() | {"epoch", "step"} == reported.keys()
     history = last(work / "whole_recipe").state["progress"]["history"]
-    assert {"gram_loss", "distance_loss", "angle_loss", "gate_loss"} < history.keys()
+    for term in ("gram", "distance", "angle", "gate", "text_distance", "text_angle"):
+        assert min(history[f"{term}_loss"]) > 0
+    anchored = history["anchor_loss"]  # taken after steps 1, 2 and 3 of 4; as it was, in step 2
+    assert anchored[:2] == [0, 0]
+    assert min(anchored[2:]) > 0
+    assert int(last(work / "whole_recipe").tensors["module.anchor.refreshes"]) == 3
     marker = work / "whole_recipe" / "settings.json"
     claimed = json.loads(marker.read_text())
     marker.write_text(json.dumps({**claimed, "teacher": {**claimed["teacher"], "dim": 9}}))

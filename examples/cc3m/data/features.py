@@ -153,7 +153,8 @@ class FeatureReader:
     Args:
         directory: a folder of features.
         open_shards: shards kept open.
-        least_resolution: pixels that the teacher saw of an image's side, at least.
+        least_resolution: pixels that the teacher saw of an image's side, at least: the model's, or
+            as many times more as the recipe says.
         expected: entries the manifest must have, for example resolution=224, dim=256.
 
     Raises:
@@ -183,8 +184,8 @@ class FeatureReader:
         if self.manifest["resolution"] < least_resolution:
             raise UserError(
                 f"features in {directory} are of images at {self.manifest['resolution']} pixels, "
-                f"fewer than the model's {least_resolution}; extract them with --resolution "
-                f"{least_resolution} or more"
+                f"fewer than the {least_resolution} that the recipe needs for this model; extract "
+                f"them with --resolution {least_resolution} or more"
             )
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])
         self._open: OrderedDict[str, _Shard] = OrderedDict()
@@ -266,6 +267,11 @@ class _Shard:
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def source_id(path: str, end: int = 1 << 16) -> str:

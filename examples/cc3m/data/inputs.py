@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -42,7 +43,17 @@ def open_features(
             f"recipe {recipe.label!r} distils a teacher: extract its features "
             "with examples.cc3m.extract_dinov3, then pass --features FOLDER"
         )
-    return FeatureReader(settings.features, least_resolution=config["vision_cfg"]["image_size"])
+    least = math.ceil(recipe.teacher_scale * config["vision_cfg"]["image_size"])
+    return FeatureReader(settings.features, least_resolution=least)
+
+
+def told_features(features: FeatureReader, grid: tuple[int, int]) -> str:
+    """Say whose features a run distils, and at which resolution."""
+    manifest, fine = features.manifest, features.grid
+    return (
+        f"teacher: {manifest['model']}, {fine[0]} x {fine[1]} patches of {manifest['dim']} "
+        f"dimensions from {manifest['resolution']} pixels, seen as {grid[0]} x {grid[1]}"
+    )
 
 
 def open_loader(

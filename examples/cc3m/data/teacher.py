@@ -9,10 +9,12 @@ import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -158,10 +160,17 @@ def load_teacher(options: argparse.Namespace, device: torch.device) -> Dinov3Tea
         UserError: its weights cannot be loaded, or sizes do not fit.
     """
     torch.manual_seed(options.seed)
-    pretrained = not options.random_weights
+    pretrained, chosen = not options.random_weights, dict(options.model_options)
+    if options.weights is not None:
+        if "/" in options.model:
+            raise UserError(
+                f"--weights is a file for a model of timm; {options.model} is one of transformers, "
+                "whose folder of weights is given as --model"
+            )
+        pretrained, chosen = False, {**chosen, "checkpoint_path": str(options.weights)}
     try:
-        teacher = Dinov3Teacher(options.model, pretrained=pretrained, **options.model_options)
-    except (OSError, RuntimeError, ValueError) as error:
+        teacher = Dinov3Teacher(options.model, pretrained=pretrained, **chosen)
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         remedy = "; --random-weights runs without any" if pretrained else ""
         raise UserError(f"cannot load {options.model} ({error}){remedy}") from error
     if options.resolution < 1 or options.resolution % teacher.patch_size:
