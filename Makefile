@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
+DEMO_STAMP := $(VENV)/installed-demo
 RESULTS := benchmarks/results
 # test files are shared out to as many processes as there are cores, four at most
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -14,7 +15,7 @@ test test-long wheel: export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test test-long lint benchmarks docs wheel switches clean
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) lint
@@ -43,11 +44,21 @@ wheel: $(STAMP)
 switches: $(STAMP)
 	$(BIN)/python -m tests.adapters.switches
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[dev]'
+# The demo installs what it needs; the tests install the rest into the same environment. Without
+# --no-compile pip would compile thousands of modules that the demo never imports.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    --constraint constraints.txt --editable
+
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[demo]'
 	touch $@
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # before tests in several processes do
+	touch $@ $(DEMO_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from examples.common.files import UserError, write_atomically, write_text
@@ -152,7 +151,9 @@ class RunLog:
     ) -> None:
         self.folder, self.total_steps = folder, total_steps
         self.writer = self.wandb = None
-        if tensorboard:
+        if tensorboard:  # imported here: the demo does without, and does not install it
+            from torch.utils.tensorboard.writer import SummaryWriter
+
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
             name = f"{zlib.crc32(str(folder.resolve()).encode()):08x}"

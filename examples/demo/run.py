@@ -4,8 +4,9 @@
     python -m examples.demo --fast     # seconds; shows that everything runs, learns nothing
     python -m examples.demo --seeds 3  # with the variation between seeds
 
-A few minutes on two CPU cores. Every row is trained by `examples.cc3m.train` on the same scenes in
-the same order, without augmentation, from the same initial weights, for the same number of steps.
+A few minutes on two CPU cores. Every row is trained by `examples.cc3m.train` on the same random
+crops of the same scenes in the same order, from the same initial weights, for the same number of
+steps.
 Ctrl-C loses nothing, a crash at most some steps: the same command goes on where it stopped.
 """
 
@@ -57,7 +58,7 @@ MODEL: Final = "tiny"
 class DemoSettings:
     """All that determines the results, but the recipe and the seed."""
 
-    scenes: SceneSettings = field(default_factory=SceneSettings)
+    scenes: SceneSettings = field(default_factory=lambda: SceneSettings(train=3840))
     training: TrainSettings = field(
         default_factory=lambda: TrainSettings(checkpoint_steps=40, log_steps=20)
     )
@@ -67,7 +68,7 @@ class DemoSettings:
 FAST = DemoSettings(
     SceneSettings(train=48, heldout=32, probe=16, per_shard=24),
     TrainSettings(epochs=2, batch_size=16, warmup_steps=2, checkpoint_steps=2),
-    TeacherSettings(options={"depth": 1, "embed_dim": 24, "num_heads": 2}, dim=8),
+    TeacherSettings(dim=8),
 )
 
 
@@ -76,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = FAST if options.fast else DemoSettings()
-    if options.teacher:
-        teacher = replace(settings.teacher, model=options.teacher, options={}, random_weights=False)
-        settings = replace(settings, teacher=teacher)
+    settings = replace(settings, teacher=_chosen_teacher(settings.teacher, options.teacher))
     stop = StopRequest()
     try:
         Demo(settings, options.out, options.seeds, options.fresh).run(stop)
@@ -102,14 +101,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         metavar="NAME",
-        help="a DINOv3 of timm or transformers, or its folder, with its weights; without this "
-        "option a small one with random weights",
+        help="a DINOv3 of timm or transformers, or its folder, with its weights; or random, for "
+        "the default's network with random weights. Default: examples/self_distillation's",
     )
     add("--fresh", action="store_true", help="discard runs with other settings")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     return options
+
+
+def _chosen_teacher(default: TeacherSettings, name: str | None) -> TeacherSettings:
+    if name is None:
+        return default
+    if name == "random":
+        return replace(default, weights="random")
+    return replace(default, model=name, options={}, weights="published")
 
 
 class Demo:
@@ -170,7 +177,6 @@ class Demo:
             features=features,
             out=self.out / name / f"seed{seed}",
             fresh=self.fresh,
-            augment=False,
             shuffle=self.settings.scenes.train,
             workers=0,
             device="cpu",
@@ -185,8 +191,8 @@ class Demo:
         steps = training.epochs * (scenes.train // training.batch_size)
         return (
             f"Every row: {scenes.train} scenes, {training.epochs} epochs of batches of "
-            f"{training.batch_size} ({steps} steps) without augmentation, the same initial weights "
-            f"and order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads. "
+            f"{training.batch_size} ({steps} steps), the same random crops, initial weights and "
+            f"order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads. "
             "Rows differ in parameters and in CPU seconds per step."
         )
 

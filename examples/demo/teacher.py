@@ -6,10 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from examples.cc3m.data.features import FeatureReader
 from examples.cc3m.extract_dinov3 import extract, parse
+from examples.self_distillation.settings import MODEL, OPTIONS, TEACHER
+
+Weights = Literal["self-distilled", "random", "published"]
+FLAGS: dict[Weights, list[str]] = {
+    "self-distilled": ["--weights", str(TEACHER)],
+    "random": ["--random-weights"],
+    "published": [],
+}
+FINER = 2
+"""Resolution of the features as a multiple of the images'; no recipe wants a finer one."""
 
 
 @dataclass(frozen=True)
@@ -18,36 +28,35 @@ class TeacherSettings:
 
     Args:
         model, options: name in timm or transformers, and arguments of its library.
-        random_weights: draw the weights, so that nothing is downloaded, instead of loading them.
+        weights: the committed ones of `examples.self_distillation`, random ones, or those that
+            the library has by the model's name.
         dim: width of the features after PCA.
     """
 
-    model: str = "vit_small_patch16_dinov3"
-    options: dict[str, Any] = field(
-        default_factory=lambda: {"depth": 2, "embed_dim": 192, "num_heads": 3}
-    )
-    random_weights: bool = True
+    model: str = MODEL
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    weights: Weights = "self-distilled"
     dim: int = 64
 
 
 def extract_features(
-    settings: TeacherSettings, shards: Sequence[str], resolution: int, *, fresh: bool
+    settings: TeacherSettings, shards: Sequence[str], image_size: int, *, fresh: bool
 ) -> Path:
     """Write features of all images of the shards into a folder beside them, and return it.
 
     Args:
         settings: the teacher.
         shards: image shards of one folder; what is there already stays.
-        resolution: width and height of the images, as the towers see them.
+        image_size: width and height of the images, as the towers see them.
         fresh: throw away features of other settings.
 
     Raises:
         UserError: it cannot be done, or other settings made the features that are there.
     """
     command = [*shards, "--model", settings.model, "--model-options", json.dumps(settings.options)]
-    command += ["--resolution", str(resolution), "--dim", str(settings.dim)]
+    command += ["--resolution", str(FINER * image_size), "--dim", str(settings.dim)]
     command += ["--device", "cpu", "--batch-size", "128", "--workers", "2"]
-    command += ["--random-weights"] * settings.random_weights + ["--fresh"] * fresh
+    command += FLAGS[settings.weights] + ["--fresh"] * fresh
     extract(parse(command))
     return Path(shards[0]).parent / "features"
 
@@ -59,12 +68,19 @@ def describe(folder: Path) -> str:
     height, width = manifest["grid"]
     text = (
         f"Teacher: {manifest['model']}{options}, {height} x {width} patches of {manifest['dim']} "
-        f"dimensions ({manifest['pca_explained']:.1%} of the second moment)"
+        f"dimensions ({manifest['pca_explained']:.1%} of the second moment) from images at "
+        f"{manifest['resolution']} pixels"
     )
-    if not manifest["random_weights"]:
-        return f"{text}, with its trained weights."
-    return (
-        f"{text}, with RANDOM weights: its features carry no semantics, and nothing of its row "
-        "comes from knowledge of a trained DINOv3. `--teacher NAME` takes one whose weights are "
-        "at hand."
-    )
+    if manifest["random_weights"]:
+        return (
+            f"{text}, with RANDOM weights: its features carry no semantics, and nothing of its row "
+            "comes from knowledge of a trained DINOv3."
+        )
+    if "weights_file" in manifest:
+        return (
+            f"{text}, with the weights that examples/self_distillation made by DINOv3's recipe "
+            "from images of the training split's scenes and others like them, without captions "
+            "and without any held-out scene; they are not DINOv3's. `--teacher random` is the "
+            "control, `--teacher NAME` takes a DINOv3 whose weights are at hand."
+        )
+    return f"{text}, with its published weights."

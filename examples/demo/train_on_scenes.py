@@ -4,8 +4,8 @@
     python -m examples.demo.train_on_scenes --recipe rankclip --train.epochs 5
     torchrun --nproc_per_node 2 -m examples.demo.train_on_scenes
 
-Scenes (and with a recipe that distils, features of a small teacher with random weights) are made
-beside the run's folder once; every other option goes to `examples.cc3m.train`.
+Scenes (and with a recipe that distils, features of the demo's teacher) are made beside the run's
+folder once; every other option goes to `examples.cc3m.train`.
 """
 
 from __future__ import annotations

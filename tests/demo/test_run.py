@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from examples.cc3m.data.batch import Batch
 from examples.cc3m.loop import Trainer
 from examples.cc3m.recipe import load_recipe
 from examples.common.files import UserError
-from examples.demo.run import FAST, RECIPES, main
+from examples.demo.run import FAST, RECIPES, DemoSettings, main
 from examples.demo.scene_shards import prepare_scenes
 from examples.demo.teacher import TeacherSettings, describe, extract_features
 
@@ -93,26 +94,29 @@ def test_the_report_is_whole(folders: tuple[Path, Path]) -> None:
     assert all(label in text for label in LABELS)
     assert "third order minus CLIP: " in text
     assert "One seed proves nothing" in text
-    assert f"({STEPS} steps) without augmentation" in text
-    assert "with RANDOM weights: its features carry no semantics" in text
+    assert f"({STEPS} steps), the same random crops, initial weights and order" in text
+    assert "8 x 8 patches of 8 dimensions" in text
+    assert "with the weights that examples/self_distillation made by DINOv3's recipe" in text
+    assert not re.search("helps|helped|better", text)
     counts = [model["parameters"] for model in results["models"].values()]
     assert counts[0] == counts[1] < counts[2] < counts[3]
     last = results["models"][LABELS[-1]]["training"][0]
-    for term in ("gram_loss", "distance_loss", "angle_loss", "gate_loss"):
-        assert len(last[term]) == STEPS
-        assert min(last[term]) > 0
+    for term in ("gram", "distance", "angle", "gate", "text_distance", "text_angle"):
+        assert len(last[f"{term}_loss"]) == STEPS
+        assert min(last[f"{term}_loss"]) > 0
+    assert last["anchor_loss"][0] == 0 < last["anchor_loss"][-1]
     with Image.open(whole / "report.png") as picture:
         assert picture.width > 1000
 
 
 def test_all_rows_start_alike_and_have_the_same_budget(folders: tuple[Path, Path]) -> None:
-    """Same weights, batches and number of steps; none sees crops, for that changes the images."""
+    """Same weights, crops, batches and number of steps."""
     models = json.loads((folders[0] / "results.json").read_text())["models"].values()
     first = [model["training"][0]["contrastive_loss"][0] for model in models]
     assert first[1:] == pytest.approx([first[0]] * 3), "other weights or another batch"
     for name in RECIPES:
         settings = (folders[0] / name / "seed0" / "config.yaml").read_text()
-        assert "augment: false" in settings
+        assert "augment: true" in settings
         assert f"epochs: {FAST.training.epochs}" in settings
 
 
@@ -178,14 +182,15 @@ def test_a_teacher_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("examples.demo.run.RECIPES", RECIPES[-1:])
     monkeypatch.setattr("examples.demo.run.extract_features", stop)
-    for teacher in ([], ["--teacher", "some/model"]):
+    for teacher in ([], ["--teacher", "some/model"], ["--teacher", "random"]):
         assert main(["--fast", "--out", str(tmp_path), *teacher]) == 130
-    named = replace(FAST.teacher, model="some/model", options={}, random_weights=False)
-    assert asked == [FAST.teacher, named]
+    named = replace(FAST.teacher, model="some/model", options={}, weights="published")
+    assert asked == [FAST.teacher, named, replace(FAST.teacher, weights="random")]
+    assert FAST.teacher.weights == DemoSettings().teacher.weights == "self-distilled"
 
 
-def test_a_teacher_with_weights_is_named_as_such(tmp_path: Path) -> None:
-    """Taken from a folder as transformers saves it; nothing is downloaded."""
+def test_a_teacher_is_named_by_its_weights(tmp_path: Path) -> None:
+    """Published ones are taken from a folder as transformers saves it; nothing is downloaded."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     torch.manual_seed(0)
@@ -195,10 +200,13 @@ def test_a_teacher_with_weights_is_named_as_such(tmp_path: Path) -> None:
     DINOv3ViTModel(config).save_pretrained(tmp_path / "teacher")
     scenes = replace(FAST.scenes, train=4, heldout=4, probe=4)
     shards = prepare_scenes(scenes, tmp_path / "data")["train"]
-    settings = TeacherSettings(f"{tmp_path}/teacher", {}, random_weights=False, dim=2)
+    settings = TeacherSettings(f"{tmp_path}/teacher", {}, "published", dim=2)
     text = describe(extract_features(settings, shards, scenes.image_size, fresh=False))
     assert "RANDOM" not in text
-    assert "4 x 4 patches of 2 dimensions" in text
-    assert "with its trained weights" in text
+    assert "8 x 8 patches of 2 dimensions" in text
+    assert text.endswith("with its published weights.")
     with pytest.raises(UserError, match=r"model: .*--fresh"):
         extract_features(FAST.teacher, shards, scenes.image_size, fresh=False)
+    control = replace(FAST.teacher, weights="random")
+    text = describe(extract_features(control, shards, scenes.image_size, fresh=True))
+    assert "with RANDOM weights: its features carry no semantics" in text
