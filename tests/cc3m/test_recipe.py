@@ -66,7 +66,7 @@ def test_weights_are_the_methods() -> None:
     assert (full.variant, full.gate_weight) == ("full", 1e-3)
     image_only, method = load_recipe("image_only"), load_recipe("dinorankclip")
     assert replace(load_recipe("fusion_image-only"), label=image_only.label) == image_only
-    more = {"teacher_scale": 2.0, "text_teacher": True, "anchor": method.anchor}
+    more: dict[str, Any] = {"teacher_scale": 2.0, "text_teacher": True, "anchor": method.anchor}
     loss = {"HighOrderPLLoss": {**full.loss["HighOrderPLLoss"], "top_k": 256}}
     assert replace(full, label=method.label, loss=loss, **more) == method
     assert method.anchor == asdict(AnchorSettings(1.0, 0.999, first=0.3, every=0.1, most=3))
