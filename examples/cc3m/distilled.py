@@ -1,4 +1,4 @@
-"""What training alone adds to DinoRankCLIP: a teacher of the text branch, and a Gram anchor."""
+"""Distillation that training alone adds to DinoRankCLIP: a teacher of texts, and a Gram anchor."""
 
 from __future__ import annotations
 

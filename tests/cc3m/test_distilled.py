@@ -1,4 +1,4 @@
-"""What training adds to the method: the text branch's teacher, and the Gram anchor's course."""
+"""Distillation that training adds to the method: the texts' teacher, and the anchor's course."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_the_text_branch_follows_cls_and_mean_patch_of_its_image() -> None:
 
 
 def test_the_anchor_is_the_students_average_and_is_taken_on_schedule() -> None:
-    """Of 10 steps after the 4th and the 6th; what it weighs, against patches by hand."""
+    """Taken after steps 4 and 6 of 10; its loss against Gram matrices by hand."""
     made, images = built(), batch().images
     assert made.anchor is not None
     average = [p.detach().clone() for p in branch(made).parameters()]
