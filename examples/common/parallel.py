@@ -164,7 +164,8 @@ def distribute(module: nn.Module, parallel: Parallel, sharding: Sharding) -> nn.
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.dim() == 0 or not parameter.is_contiguous():
                 plain = parameter.detach().contiguous()
-                setattr(part, name, nn.Parameter(plain.reshape(plain.shape or (1,))))
+                shaped, trained = plain.reshape(plain.shape or (1,)), parameter.requires_grad
+                setattr(part, name, nn.Parameter(shaped, requires_grad=trained))
     mesh = init_device_mesh(parallel.device.type, (parallel.world_size,))
     for name, part in list(module.named_modules()):
         if name.endswith("resblocks"):

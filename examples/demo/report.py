@@ -33,6 +33,9 @@ class TrainedRow:
     history: list[dict[str, list[float]]]
     """Loss terms and more, by step."""
     parameters: int
+    """Those that are trained."""
+    flops: int
+    """Operations of a step, forward and backward, of matrix products and convolutions."""
 
 
 def report_text(metrics: Sequence[Metric], rows: Sequence[TrainedRow], notes: Sequence[str]) -> str:
@@ -57,6 +60,7 @@ def results_table(metrics: Sequence[Metric], rows: Sequence[TrainedRow]) -> str:
         lines.append(cells)
     cpu = (f"{statistics.median(row.cpu_seconds):.3f}" for row in rows)
     lines.append(["CPU seconds per step", "", *cpu])
+    lines.append(["GFLOP per step", "", *(f"{row.flops / 1e9:.1f}" for row in rows)])
     lines.append(["parameters (millions)", "", *(f"{row.parameters / 1e6:.2f}" for row in rows)])
     return markdown_table(["held-out measure", "chance", *(row.label for row in rows)], lines)
 
@@ -95,6 +99,7 @@ def results_json(
                 for metric in metrics
             },
             "cpu_seconds_per_step": statistics.median(row.cpu_seconds),
+            "flops_per_step": row.flops,
             "parameters": row.parameters,
             "training": row.history,
         }

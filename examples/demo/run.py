@@ -27,7 +27,9 @@ from typing import Final
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from examples.cc3m.data.positions import Position
 from examples.cc3m.loop import Trainer
 from examples.cc3m.recipe import build_tokenizer, build_transform, load_recipe, model_config
 from examples.cc3m.settings import RunSettings, TrainSettings
@@ -161,7 +163,8 @@ class Demo:
             [self._measure(trainer) for trainer in trained],
             [seconds for trainer in trained for seconds in trainer.history["cpu_seconds"]],
             [trainer.history for trainer in trained],
-            sum(p.numel() for p in trained[0].towers.parameters()),
+            sum(p.numel() for p in trained[0].towers.parameters() if p.requires_grad),
+            step_flops(trained[0]),
         )
 
     def _measure(self, trainer: Trainer) -> Outcomes:
@@ -193,7 +196,7 @@ class Demo:
             f"Every row: {scenes.train} scenes, {training.epochs} epochs of batches of "
             f"{training.batch_size} ({steps} steps), the same random crops, initial weights and "
             f"order; {scenes.heldout} held-out scenes, {torch.get_num_threads()} threads. "
-            "Rows differ in parameters and in CPU seconds per step."
+            "Rows differ in trained parameters, and in operations and CPU seconds per step."
         )
 
     def _report(self, rows: list[TrainedRow], notes: list[str]) -> None:
@@ -209,6 +212,17 @@ class Demo:
 
     def _say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.started:4.0f} s] {text}", flush=True)
+
+
+def step_flops(trainer: Trainer) -> int:
+    """Count operations of a step's matrix products and convolutions, forward and backward.
+
+    The trainer is of no further use for training: its gradients and buffers change.
+    """
+    batch = next(iter(trainer.loader.epoch(Position())))
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step.gradients([batch.to("cpu")])
+    return int(counter.get_total_flops())
 
 
 def headline(row: TrainedRow, metrics: Sequence[Metric]) -> str:

@@ -23,7 +23,7 @@ from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import Gradients, TrainStep
 from examples.common.checkpoint import Checkpoint, Checkpoints
 from examples.common.files import UserError
-from examples.common.parallel import Parallel, running
+from examples.common.parallel import Parallel, distribute, running
 from examples.common.signals import Interrupted, StopRequest
 from rankloss import DinoRankCLIP
 from tests.helpers.processes import ProcessGroup
@@ -240,6 +240,22 @@ def test_processes_have_the_gradient_of_one(
     expected = gradients(towers(recipe), [seen_by(recipe, batch())])
     for actual in two.run(gradients_of_a_share, recipe, sharding, parts):
         assert_close(actual, expected)
+
+
+def trained_after_sharding() -> list[str]:
+    module = towers("clip")
+    lock: Any = module.model.lock_image_tower
+    lock()
+    parallel = Parallel(dist.get_rank(), dist.get_world_size())
+    distribute(module, parallel, "fsdp2")
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def test_sharding_leaves_a_locked_tower_locked(two: ProcessGroup) -> None:
+    """Its convolution too, whose memory layout sharding changes."""
+    for trained in two.run(trained_after_sharding):
+        assert "model.token_embedding.weight" in trained
+        assert [name for name in trained if name.startswith("model.visual.")] == []
 
 
 class Batches:

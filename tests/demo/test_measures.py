@@ -147,7 +147,7 @@ def test_relevance_itself_has_a_perfect_correlation() -> None:
 def row(label: str, seeds: list[Tensor]) -> TrainedRow:
     outcomes: list[Outcomes] = [{"x": value, "y": value} for value in seeds]
     history = [{"loss": [2.0, 1.0]} for _ in seeds]
-    return TrainedRow(label, outcomes, [0.1, 0.2, 0.9], history, 1_230_000)
+    return TrainedRow(label, outcomes, [0.1, 0.2, 0.9], history, 1_230_000, 4_560_000_000)
 
 
 def ones_but(zeros: int) -> Tensor:

@@ -100,6 +100,8 @@ def test_the_report_is_whole(folders: tuple[Path, Path]) -> None:
     assert not re.search("helps|helped|better", text)
     counts = [model["parameters"] for model in results["models"].values()]
     assert counts[0] == counts[1] < counts[2] < counts[3]
+    flops = [model["flops_per_step"] for model in results["models"].values()]
+    assert 1e8 < flops[0] <= flops[1] <= flops[2] < flops[3]
     last = results["models"][LABELS[-1]]["training"][0]
     for term in ("gram", "distance", "angle", "gate", "text_distance", "text_angle"):
         assert len(last[f"{term}_loss"]) == STEPS
