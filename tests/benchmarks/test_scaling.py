@@ -135,12 +135,6 @@ def test_scores_are_those_of_candidates_not_yet_taken(n: int, k: int | None) -> 
     assert Loss(n, 1, 4, 0).scores() == 0
 
 
-def test_the_naive_loss_would_hold_terabytes() -> None:
-    """The naive loss's number: 275 GB a list at N = M = K = 4096."""
-    assert pytest.approx(275e9, rel=1e-2) == 4 * 4096**3
-    assert Loss(4096, 1, 512).kept_bytes() < 2e9
-
-
 def outputs() -> list[tuple[str, str]]:
     text = (ROOT / "docs" / "scaling.md").read_text()
     return re.findall(r"<!-- begin (python .*?) -->\n(.*?)<!-- end -->", text, re.DOTALL)

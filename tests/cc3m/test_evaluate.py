@@ -1,7 +1,6 @@
 """Measures taken after every epoch, against the definitions spelled out."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,9 @@ from examples.cc3m.recipe import (
     load_recipe,
 )
 from examples.common.files import UserError
-from examples.demo.measures import match_ranks
 from examples.evaluation.data import Classification
-from examples.evaluation.gap import alignment, modality_gap, uniformity
 from examples.evaluation.models import Model
 from examples.evaluation.reading import Reading, Stopped
-from examples.evaluation.retrieval import retrieval
 from examples.evaluation.zero_shot import zero_shot
 from rankloss import DinoRankCLIP
 from tests.helpers.tiny import TINY_CLIP
@@ -39,56 +35,6 @@ def pairs(n: int, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     v = torch.randn(n, d, generator=g)
     t = v + torch.randn(n, d, generator=g)
     return normalize(v, dim=1), normalize(t, dim=1)
-
-
-# ---------------------------------------------------------------- pairs
-
-
-@pytest.mark.parametrize("n", [1, 7, 600])
-def test_retrieval_in_chunks_is_retrieval(n: int) -> None:
-    images, texts = pairs(n)
-    measured = retrieval(images, texts)
-    for way, scores in (("image_to_text", images @ texts.T), ("text_to_image", texts @ images.T)):
-        ranks = match_ranks(scores)
-        for k in (1, 5, 10):
-            expected = float((ranks <= k).double().mean())
-            assert measured[f"{way}_R@{k}"] == pytest.approx(expected, abs=2 / n)
-
-
-def test_retrieval_by_hand() -> None:
-    images = torch.eye(3)
-    texts = torch.stack([images[0], images[2], images[1]])
-    measured = retrieval(images, texts)
-    assert measured["image_to_text_R@1"] == pytest.approx(1 / 3)
-    assert measured["text_to_image_R@5"] == 1.0
-
-
-def test_a_collapsed_model_retrieves_nothing() -> None:
-    same = torch.ones(20, 4) / 2
-    assert retrieval(same, same)["image_to_text_R@10"] == 0
-
-
-@pytest.mark.parametrize("n", [2, 5, 300])
-def test_alignment_and_uniformity_by_hand(n: int) -> None:
-    v, t = (x.double() for x in pairs(n))
-    squared = [[float((v[i] - t[j]).square().sum()) for j in range(n)] for i in range(min(n, 40))]
-    if n <= 40:
-        expected = sum(squared[i][i] for i in range(n)) / n
-        assert alignment(v, t) == pytest.approx(expected)
-        kernel = [math.exp(-2 * squared[i][j]) for i in range(n) for j in range(i)]
-        assert uniformity(v, t) == pytest.approx(math.log(sum(kernel) / len(kernel)))
-    else:  # several chunks
-        below = torch.cdist(v, t).square()[tuple(torch.tril_indices(n, n, -1))]
-        expected = float(torch.exp(-2 * below).mean().log())
-        assert uniformity(v, t) == pytest.approx(expected)
-
-
-def test_perfect_and_collapsed_models() -> None:
-    v, _ = pairs(30)
-    assert alignment(v, v) == 0
-    assert modality_gap(v, v) == 0
-    same = v[:1].expand(30, -1)
-    assert uniformity(same, same) == pytest.approx(0, abs=1e-6)
 
 
 # ---------------------------------------------------------------- zero-shot
@@ -102,9 +48,6 @@ def folder(tmp_path: Path) -> Path:
             Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / name / f"{i}.png")
     (tmp_path / "images" / "red_thing" / "broken.png").write_bytes(b"not a picture")
     return tmp_path / "images"
-
-
-NAMES = ("zeroshot-top1", "zeroshot-top5", "zeroshot-mean-class-recall")
 
 
 class Painter(DinoRankCLIP):

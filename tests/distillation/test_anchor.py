@@ -61,19 +61,6 @@ def refreshed(anchor: GramAnchor, steps: range) -> list[int]:
 # ---------------------------------------------------------------- schedule
 
 
-def test_schedule_of_dinov3() -> None:
-    """First at 1,010,000 steps done, every 10,000, three times."""
-    anchor, average, changed = (
-        GramAnchor(nn.Linear(1, 1), 1_010_000, 10_000, 3),
-        nn.Linear(1, 1),
-        [],
-    )
-    for step in range(990_000, 1_060_000):
-        if anchor.update(step, average):
-            changed.append(step + 1)
-    assert changed == [1_010_000, 1_020_000, 1_030_000]
-
-
 @pytest.mark.parametrize(
     ("first", "every", "most", "expected"),
     [

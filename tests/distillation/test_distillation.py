@@ -102,9 +102,6 @@ def test_a_student_may_be_its_own_teacher(make: Callable[[], nn.Module]) -> None
     assert d_student.abs().max() < 1e-6
 
 
-# ---------------------------------------------------------------- backward
-
-
 # ---------------------------------------------------------------- transforms
 
 
@@ -220,8 +217,3 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_errors(call: Callable[[], object], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
-
-
-def test_options_show_in_the_repr() -> None:
-    shown = repr(GramLoss("batch", "clamp", max_tokens=3))
-    assert shown == "GramLoss(level='batch', negatives='clamp', max_tokens=3)"

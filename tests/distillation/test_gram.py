@@ -134,19 +134,6 @@ def test_truth_table_of_negatives(row: tuple[float, ...], impl: str) -> None:
     assert (values[2] != pytest.approx(as_written)) == both_negative
 
 
-@each_level
-def test_documented_clamp_is_not_the_written_one(level: Level) -> None:
-    """On random features the dead branch is a different number."""
-    student, teacher = random_features(2, 6, 3), random_features(2, 6, 3, seed=1)
-    ours = GramLoss(level, "clamp_teacher")(student, teacher)
-    s, t = (torch.nn.functional.normalize(x, dim=2) for x in (student, teacher))
-    if level == "batch":
-        s, t = s.flatten(0, 1)[None], t.flatten(0, 1)[None]
-    s, t = s @ s.mT, t @ t.mT
-    as_written = (s - t.clamp(min=0)).square().mean()
-    assert ours < as_written - 0.01
-
-
 @each_impl
 @pytest.mark.parametrize("teacher", [0.8, 0.0, -0.8])
 @each_negatives
@@ -195,13 +182,6 @@ def test_invariances(level: Level, negatives: Negatives, impl: str) -> None:
         assert loss(student, student @ rotation) < 1e-28
 
 
-@each_negatives
-def test_a_batch_of_one_image_is_that_image(negatives: Negatives) -> None:
-    student, teacher = random_features(1, 5, 4), random_features(1, 5, 6, seed=1)
-    values = [GramLoss(level, negatives)(student, teacher) for level in LEVELS]
-    assert values[0] == values[1]
-
-
 # ---------------------------------------------------------------- edges
 
 
@@ -220,15 +200,6 @@ def test_zero_rows(level: Level, negatives: Negatives, impl: str) -> None:
     assert d_student.abs().max() < 10
     everything = loss(torch.zeros_like(student), torch.zeros_like(teacher))
     assert everything == 0
-
-
-@each_impl
-@each_level
-def test_one_token(level: Level, impl: str) -> None:
-    student, teacher = random_features(1, 1, 3), random_features(1, 1, 4, seed=1)
-    value, d_student = value_and_gradient(GramLoss(level, impl=impl), student, teacher)
-    assert value.abs() < 1e-30
-    assert d_student.abs().max() < 1e-14
 
 
 @each_impl
@@ -265,16 +236,6 @@ def test_a_mask_deletes_tokens(junk: float, level: Level, negatives: Negatives, 
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(d_student, gradient(expected, leaf))
     assert d_student[~mask].abs().max() == 0
-
-
-@each_impl
-@each_level
-def test_all_masked(level: Level, impl: str) -> None:
-    student, teacher = torch.full((2, 3, 4), torch.nan), random_features(2, 3, 4)
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    value, d_student = value_and_gradient(GramLoss(level, impl=impl), student, teacher, mask)
-    assert value == 0
-    assert d_student.abs().max() == 0
 
 
 # ---------------------------------------------------------------- processes
@@ -432,12 +393,3 @@ def test_teachers_are_resized_before_they_are_normalised(dtype: torch.dtype, imp
     unit = torch.nn.functional.normalize(teacher.to(full), dim=2)
     too_early = loss(student, resize_features(unit, (4, 9), (2, 3)))
     assert abs(actual - too_early) > 1e-3
-
-
-def test_rows_and_columns_are_not_confused() -> None:
-    """A non-square grid whose transpose has as many patches."""
-    teacher = random_features(1, 24, 3)
-    upright = resize_features(teacher, (4, 6), (2, 3))
-    turned = teacher.reshape(1, 4, 6, 3).transpose(1, 2).reshape(1, 24, 3)
-    expected = upright.reshape(1, 2, 3, 3).transpose(1, 2).reshape(1, 6, 3)
-    torch.testing.assert_close(resize_features(turned, (6, 4), (3, 2)), expected)

@@ -72,22 +72,15 @@ def test_invariances() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_two_that_coincide(dtype: torch.dtype) -> None:
-    """The largest loss, 17.25 at width 5, without a gradient: each pushes the other alike."""
-    x = random_features(1, 5, dtype=dtype).expand(2, 5)
-    value, d_x = value_and_gradient(KoLeoLoss(), x)
-    assert float(value) == pytest.approx(spread_of_coinciding(5), rel=1e-6)
-    assert float(value) == pytest.approx(17.25, abs=0.01)
-    assert d_x.abs().max() == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("count", [3, 4, 7])
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
 def test_many_that_coincide(count: int, dtype: torch.dtype) -> None:
+    """The largest loss, 17.25 at width 5. Two push each other alike, which is no gradient."""
     x = random_features(1, 5, dtype=dtype).expand(count, 5)
     value, d_x = value_and_gradient(KoLeoLoss(), x)
     assert float(value) == pytest.approx(spread_of_coinciding(5), rel=1e-6)
+    assert float(value) == pytest.approx(17.25, abs=0.01)
     assert d_x.isfinite().all()
+    assert count > 2 or d_x.abs().max() == 0
 
 
 def test_one_sample_is_its_own_neighbour() -> None:
@@ -119,20 +112,6 @@ def test_a_zero_row_is_finite_and_gets_no_gradient() -> None:
     assert value.isfinite()
     assert d_x.isfinite().all()
     assert d_x[2].abs().max() == 0
-
-
-def test_the_most_similar_is_pushed_away() -> None:
-    x = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    _, d_x = value_and_gradient(KoLeoLoss(), x)
-    moved = x - 0.1 * d_x
-    cosine = torch.nn.functional.cosine_similarity
-    assert cosine(moved[0], moved[1], dim=0) < cosine(x[0], x[1], dim=0)
-
-
-def test_top_k_beyond_the_batch_takes_all_others() -> None:
-    x = random_features(5, 3)
-    assert KoLeoLoss(top_k=4)(x) == KoLeoLoss(top_k=100)(x)
-    assert KoLeoLoss(top_k=3)(x) != KoLeoLoss(top_k=4)(x)
 
 
 # ---------------------------------------------------------------- groups

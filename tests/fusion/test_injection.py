@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankloss import ClipLoss, HighOrderPLLoss
+from rankloss import ClipLoss
 from rankloss.fusion import FUSION_VARIANTS, FusionStages, Injection, MultiScaleFusion
 from rankloss.fusion.gate import ConflictAwareGate, tangent, without_conflict
 
@@ -274,53 +274,6 @@ def test_padding_of_texts_reaches_the_text_block_only() -> None:
 
 
 # ---------------------------------------------------------------- (a), through a real trunk
-
-
-class InjectedClip(nn.Module):
-    """An open_clip model, its embeddings through `Injection` if there is one, and a loss."""
-
-    def __init__(self, clip: nn.Module, injection: Injection | None) -> None:
-        super().__init__()
-        self.clip, self.injection = clip, injection
-        self.loss = HighOrderPLLoss(16, order=3, transition_dim=8)
-        for parameter in self.loss.parameters():
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, images: Tensor, ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        image, text, scale = self.clip(images, ids)
-        if self.injection is not None:
-            out = self.injection(image, text, tokens, tokens, mask)
-            image, text = (
-                x if y is None else y.embedding for x, y in ((image, out[0]), (text, out[1]))
-            )
-        value: Tensor = self.loss(image, text, scale)
-        return value
-
-
-@pytest.mark.parametrize("variant", FUSION_VARIANTS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_starts_as_nothing(variant: str) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(
-        embed_dim=16,
-        vision_cfg={"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
-        text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2},
-    ).double()
-    injection = FUSION_VARIANTS[variant].build(16, 8).double()
-    images = torch.randn(6, 3, 16, 16, dtype=torch.float64)
-    ids = torch.randint(1, 49, (6, 8))
-    tokens = torch.randn(6, 5, 8, dtype=torch.float64)
-    mask = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 5])[:, None]
-    results = []
-    for used in (None, injection):
-        model = InjectedClip(clip, used)
-        value = model(images, ids, tokens, mask)
-        trunk = [*clip.parameters(), *model.loss.parameters()]
-        results.append([value.detach(), *torch.autograd.grad(value, trunk)])
-    assert sum(float(x.abs().sum()) for x in results[0]) > 1
-    for without, with_it in zip(*results, strict=True):
-        torch.testing.assert_close(with_it, without, rtol=1e-9, atol=1e-12)
 
 
 def test_a_learns_from_the_first_step() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankloss.fusion.injection import MultiScaleFusion
 from rankloss.fusion.student import DualBranchStudent, TextBranch
 
 SMALL_IMAGE: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -166,27 +165,3 @@ def test_layers_of_the_text_branch_start_differently() -> None:
     assert isinstance(first, torch.nn.TransformerEncoderLayer)
     assert isinstance(second, torch.nn.TransformerEncoderLayer)
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
-
-
-def test_names_spared_from_weight_decay_exist() -> None:
-    student = small()
-    names = student.no_weight_decay()
-    assert names <= dict(student.named_parameters()).keys()
-    assert "image.trunk.pos_embed" in names
-    assert "text.positions" in names
-
-
-def test_tokens_go_into_the_fusion_block() -> None:
-    student = small()
-    out = student(torch.randn(2, 3, 64, 64), tokenize("a circle", "two red squares"))
-    z = torch.nn.functional.normalize(torch.randn(2, 8), dim=1)
-    for tokens, mask in ((given(out.image), None), (given(out.text), out.text_mask)):
-        assert MultiScaleFusion(8)(z, tokens, mask=mask).embedding.shape == (2, 8)
-
-
-def test_autocast() -> None:
-    student = small()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = student(torch.randn(2, 3, 64, 64), tokenize("a circle", "two red squares"))
-    assert given(out.image).isfinite().all()
-    assert given(out.text).isfinite().all()

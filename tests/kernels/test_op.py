@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import Transitions, plackett_luce_nll
 from rankloss.kernels import plackett_luce
@@ -22,7 +21,6 @@ from tests.helpers.problems import (
     each_streaming,
     make_problem,
 )
-from tests.properties import value_and_gradients
 
 # ---------------------------------------------------------------- registration
 
@@ -127,24 +125,6 @@ def test_weights_have_no_gradient_in_any_implementation(impl: str) -> None:
 
 
 # ---------------------------------------------------------------- what PyTorch forbids on a GPU
-
-
-class NoFloatCumsum(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """As under use_deterministic_algorithms on CUDA."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("cumsum", "cumprod") or not args[0].is_floating_point(), name
-        return func(*args, **(kwargs or {}))
-
-
-@each_streaming
-@pytest.mark.parametrize("order", [1, 3])
-@pytest.mark.parametrize("k", [3, 7])
-def test_nothing_that_cuda_cannot_repeat(k: int, order: int, impl: str) -> None:
-    p = make_problem(12, 3, 7, k, order, keep=0.7, discount="log")
-    with NoFloatCumsum():  # type: ignore[no-untyped-call]
-        value_and_gradients(p, impl)
 
 
 FIRST_CALLS = """

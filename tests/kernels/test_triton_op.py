@@ -32,7 +32,6 @@ from tests.helpers.triton_cases import (
     SMALL_TILES,
     Inputs,
     assert_close,
-    assert_identical,
     can_run,
     expected,
     guarded,
@@ -96,37 +95,6 @@ def test_opcheck(k: int, order: int) -> None:
 
 @can_run
 @each_order
-@each_k
-def test_compiled_graph_has_the_same_bits(k: int, order: int) -> None:
-    inputs = make_inputs(2, 18, k, order)
-
-    def losses(*x: Tensor) -> Tensor:
-        each = plackett_luce(*Inputs(*x), impl="triton").square().sum()
-        return each + plackett_luce(*Inputs(*x), impl="triton", anchor_weights=torch.ones(2))
-
-    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    results = []
-    with using(SMALL_TILES):
-        for f in (losses, compiled):
-            x = inputs.with_leaves()
-            value = f(*x)
-            results.append([value.detach(), *torch.autograd.grad(value, x.leaves())])
-    assert all(map(torch.equal, *results))
-
-
-@can_run
-@each_order
-def test_meta_tensors(order: int) -> None:
-    inputs = make_inputs(2, 18, 16, order)
-    x = Inputs(*(t.to("meta") for t in inputs)).with_leaves()
-    nll = plackett_luce(*x, impl="triton")
-    gradients = torch.autograd.grad(nll.sum(), x.leaves())
-    assert (nll.shape, nll.dtype) == ((2,), torch.float32)
-    assert [g.shape for g in gradients] == [t.shape for t in x.leaves()]
-
-
-@can_run
-@each_order
 def test_vmap_of_the_gradient(order: int) -> None:
     batch = [make_inputs(2, 18, 5, order, seed=seed, ragged=True) for seed in range(2)]
 
@@ -149,26 +117,7 @@ def test_vmap_of_the_gradient(order: int) -> None:
             assert all(torch.equal(s[i], g) for s, g in zip(stacked, one, strict=True))
 
 
-@can_run
-def test_second_derivatives_are_refused() -> None:
-    x = make_inputs(2, 18, 16, 3).with_leaves()
-    nll = plackett_luce(*x, impl="triton")
-    (g,) = torch.autograd.grad(nll.sum(), x.scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="impl='reference'"):
-        g.sum().backward()  # type: ignore[no-untyped-call]
-
-
 # ---------------------------------------------------------------- dtypes
-
-
-@can_run
-@each_order
-def test_autocast_changes_nothing(order: int) -> None:
-    inputs = make_inputs(2, 18, 16, order)
-    with using(SMALL_TILES):
-        plain = run(inputs)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            assert_identical(run(inputs), plain)
 
 
 @can_run

@@ -85,11 +85,13 @@ FORBIDDEN = ("cumsum", "cumsum_", "put_", "histc", "bincount", "kthvalue", "medi
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
-@pytest.mark.parametrize("discount", ["none", "log"])
-def test_nothing_that_deterministic_algorithms_refuse(discount: Any, order: int) -> None:
+@pytest.mark.parametrize(("discount", "top_k"), [("none", None), ("log", None), ("log", 3)])
+def test_nothing_that_deterministic_algorithms_refuse(
+    discount: Any, top_k: int | None, order: int
+) -> None:
     """Those that torch.use_deterministic_algorithms(True) refuses on CUDA, here where they run."""
     image, text = features(9, dtype=torch.float32)
-    loss = HighOrderPLLoss(8, order, discount=discount, exclude_self=True)
+    loss = HighOrderPLLoss(8, order, discount=discount, top_k=top_k, exclude_self=True)
     with inside_ops(), Operations() as operations, torch.autograd.set_multithreading_enabled(False):
         loss(image, text, 14.3, image_ids=torch.arange(9) // 2).backward()
     assert "mm" in operations.names

@@ -21,7 +21,6 @@ from rankloss import (
     RelationalAngleLoss,
     RelationalDistanceLoss,
 )
-from rankloss.dinorankclip import SCALARS
 from rankloss.distillation import resize_features
 from rankloss.fusion import FUSION_VARIANTS, DualBranchStudent, TeacherFeatures
 
@@ -169,23 +168,6 @@ def test_the_gate_penalty_is_the_mean_over_both_towers() -> None:
     torch.testing.assert_close(made(**data)["gate_loss"], expected, rtol=1e-6, atol=0.0)
     assert gates[0].std() > 0
     assert "gate_loss" not in build(gate_weight=0.0)(**data)
-
-
-def test_parts_of_a_batch_encode_to_the_whole() -> None:
-    """As exact gradients from cached features need it; the objective sees nothing else."""
-    made, data = build(moved=True), batch()
-    images, texts = pairs()
-    outputs = made.encode(images, texts)
-    parts = [made.encode(images[i : i + 2], texts[i : i + 2]) for i in range(0, COUNT, 2)]
-    joined = {
-        k: v if k in SCALARS else torch.cat([part[k] for part in parts]) for k, v in outputs.items()
-    }
-    for key, value in outputs.items():
-        assert value.numel() == 1 if key in SCALARS else len(value) == COUNT
-        torch.testing.assert_close(joined[key], value)
-    terms = made.objective(joined, data["teacher_patches"], data["teacher_cls"])
-    for key, term in made(**data).items():
-        torch.testing.assert_close(terms[key], term)
 
 
 def test_cached_features_give_the_same_gradients() -> None:

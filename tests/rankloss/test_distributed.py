@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss
+from rankloss import ClipLoss, HighOrderPLLoss
 from rankloss.distributed import _Exchange
 from tests.helpers.processes import ProcessGroup
 from tests.helpers.towers import (
@@ -77,12 +77,6 @@ def test_gradients_are_those_of_one_process(
     torch.testing.assert_close(values.mean(), value, rtol=0, atol=1e-12)
     if not mode["local_loss"]:
         torch.testing.assert_close(values, value.expand(world), rtol=0, atol=1e-12)
-
-
-def test_the_exact_mode_is_the_default() -> None:
-    for loss in (HighOrderPLLoss(EMBED), RankCLIPLoss(), ClipLoss()):
-        assert loss.local_loss
-        assert loss.gather_with_grad
 
 
 def _frozen_image_tower(settings: Settings, batch: Batch) -> Gradients:

@@ -77,16 +77,6 @@ def test_without_ids_a_duplicate_is_pushed_down(order: int) -> None:
 
 
 @each_implementation
-def test_distinct_ids_change_nothing(impl: str) -> None:
-    image, text = features(7)
-    loss = randomize(HighOrderPLLoss(8, 3, transition_dim=4, impl=impl).double())
-    plain = loss(image, text, 14.3)
-    for names in (["image_ids"], ["text_ids"], ["image_ids", "text_ids"]):
-        ids = {name: torch.tensor([5, 3, 8, 1, 0, 9, 7]) for name in names}
-        torch.testing.assert_close(loss(image, text, 14.3, **ids), plain)
-
-
-@each_implementation
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16], ids=str)
 def test_ids_are_names(dtype: torch.dtype, impl: str) -> None:
     """Renaming them, or storing them in fewer bits, changes nothing."""

@@ -80,12 +80,6 @@ def test_two_captions_make_four_losses() -> None:
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
-def test_equal_views_without_fusion_are_clip() -> None:
-    (view, text), _ = inputs(6)
-    value = ITOLoss(0.0)(view, text, 9.0, other_view_features=view)
-    torch.testing.assert_close(value, ClipLoss()(view, text, 9.0))
-
-
 def test_bad_input() -> None:
     (view, text), named = inputs(4)
     fused = named["fused_features"]

@@ -189,21 +189,6 @@ def test_from_pretrained_without_the_loss(
     assert ranking_term(model.loss) > 0
 
 
-@pytest.mark.parametrize("progress", [None, 0.0, 0.1])
-def test_from_pretrained_with_the_loss(
-    model_class: Any, config: Any, progress: float | None, tmp_path: Path
-) -> None:
-    model = model_class(config)
-    randomize(model.loss)
-    if progress is not None:
-        model.loss.set_progress(progress)
-    model.save_pretrained(tmp_path)
-    loaded = model_class.from_pretrained(tmp_path)
-    for name, x in model.loss.state_dict().items():
-        assert torch.equal(x, loaded.loss.state_dict()[name]), name
-    assert torch.equal(ranking_term(loaded.loss), ranking_term(model.loss))
-
-
 # ---------------------------------------------------------------- FSDP2
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss, rankings
 from tests.helpers.features import features, loss_spelled_out, randomize
-from tests.helpers.problems import IMPLEMENTATIONS, each_implementation
+from tests.helpers.problems import each_implementation
 
 # ---------------------------------------------------------------- the definition
 
@@ -54,26 +54,14 @@ def test_equals_the_definition_spelled_out(
     loss = HighOrderPLLoss(8, **options, transition_dim=3, impl=impl).double()
     if options.get("order", 3) >= 2:
         assert randomize(loss).transition_heads
-    parts = loss(
-        image,
-        text,
-        torch.tensor(5.0),
-        torch.tensor(-2.0),
-        **{name: torch.tensor(x) for name, x in ids.items()},
-        output_dict=True,
-    )
+    given = image, text, torch.tensor(5.0), torch.tensor(-2.0)
+    named = {name: torch.tensor(x) for name, x in ids.items()}
+    parts = loss(*given, **named, output_dict=True)
     expected = loss_spelled_out(loss, image, text, 5.0, -2.0, **ids)
     assert list(parts) == ["contrastive_loss", "ranking_loss"]
     actual = torch.stack([parts["contrastive_loss"], parts["ranking_loss"]]).detach()
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
-    whole = loss(
-        image,
-        text,
-        torch.tensor(5.0),
-        torch.tensor(-2.0),
-        **{name: torch.tensor(x) for name, x in ids.items()},
-    )
-    torch.testing.assert_close(whole.detach(), actual.sum())
+    torch.testing.assert_close(loss(*given, **named).detach(), actual.sum())
 
 
 @each_implementation
@@ -186,26 +174,14 @@ def test_members_of_the_family_have_their_order() -> None:
 @each_implementation
 def test_any_order_starts_bit_for_bit_as_order_one(order: int, impl: str) -> None:
     """Value and gradients to the embeddings, though order 1 is a scan and order R tiles."""
-    for seed in range(4):
-        image, text = features(33, seed=seed, dtype=torch.float32)
+    for seed, dtype in enumerate([torch.float32] * 3 + [torch.float64]):
+        image, text = features(33, seed=seed, dtype=dtype)
         values, gradients = [], []
-        for loss in (RankCLIPLoss(impl=impl), HighOrderPLLoss(8, order, impl=impl)):
+        for loss in (RankCLIPLoss(impl=impl), HighOrderPLLoss(8, order, impl=impl).to(dtype)):
             values.append(loss(image, text, 14.3))
             gradients.append(torch.stack(torch.autograd.grad(values[-1], (image, text))))
         assert torch.equal(*values)
         assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("order", [2, 3, 5])
-@each_implementation
-def test_any_order_starts_as_order_one(order: int, impl: str) -> None:
-    image, text = features(33)
-    results = []
-    for loss in (RankCLIPLoss(impl=impl), HighOrderPLLoss(8, order, impl=impl).double()):
-        value = loss(image, text, 14.3)
-        results.append([value.detach(), *torch.autograd.grad(value, (image, text))])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 @each_implementation
@@ -251,25 +227,12 @@ def test_progress_may_be_set_before_the_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
-@pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_one_pair_costs_nothing(impl: str, exclude_self: bool, order: int) -> None:
-    image, text = features(1)
-    loss = HighOrderPLLoss(8, order, exclude_self=exclude_self, impl=impl).double()
-    value = loss(image, text, 100.0)
-    value.backward()
-    assert value == 0
-    for x in (image, text):
-        assert x.grad is not None
-        assert x.grad.abs().max() == 0
-
-
-@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize(("n", "exclude_self"), [(0, False), (1, False), (1, True)])
 @each_implementation
-def test_empty_batch(order: int, impl: str) -> None:
-    image, text = features(0)
-    scale = torch.tensor(10.0, requires_grad=True)
-    loss = HighOrderPLLoss(8, order, impl=impl).double()
+def test_a_pair_or_none_costs_nothing(n: int, exclude_self: bool, order: int, impl: str) -> None:
+    image, text = features(n)
+    scale = torch.tensor(100.0, requires_grad=True)
+    loss = HighOrderPLLoss(8, order, exclude_self=exclude_self, impl=impl).double()
     value = loss(image, text, scale)
     value.backward()
     assert value == 0

@@ -1,7 +1,5 @@
 """The transition heads: their tables, what they learn, their initial weights, their life."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -117,16 +115,6 @@ def test_keys_start_at_zero_and_predecessor_maps_at_variance_1_over_d() -> None:
     assert len(set(weight.flatten().tolist())) > 0.99 * weight.numel()
 
 
-def test_initial_weights_depend_on_nobody_s_seed() -> None:
-    weights = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        before = torch.get_rng_state()
-        weights.append(TransitionHeads(8, 3).predecessor_weight)
-        assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(*weights)
-
-
 def test_a_generator_draws_the_weights() -> None:
     def seeded() -> torch.Generator:
         return torch.Generator().manual_seed(1)
@@ -203,24 +191,3 @@ def test_weights_of_a_lower_order_load(lower: int) -> None:
         assert torch.equal(loaded[len(given) :], start.get_parameter(name)[len(given) :])
     with pytest.raises(RuntimeError, match="size mismatch"):
         small.load_state_dict(large.state_dict())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_explicit_casting(dtype: torch.dtype) -> None:
-    heads, h = TransitionHeads(8, 3, 4), torch.randn(5, 8)
-    torch.nn.init.normal_(heads.key_weight)
-    with torch.autocast("cpu", dtype):
-        tables = heads(h)
-    explicit = copy.deepcopy(heads).to(dtype)(h.to(dtype))
-    for a, b in zip(tables, explicit, strict=True):
-        assert a.dtype == dtype
-        assert torch.equal(a, b)
-
-
-def test_nothing_should_decay() -> None:
-    heads = TransitionHeads(8, 3)
-    assert heads.no_weight_decay() == {"predecessor_weight", "key_weight"}
-
-
-def test_repr_says_what_it_is() -> None:
-    assert repr(TransitionHeads(8, 3, 4)) == "TransitionHeads(8, order=3, transition_dim=4)"
