@@ -19,6 +19,7 @@ from rankloss import HighOrderPLLoss, ranking, streaming
 from rankloss.kernels import blocked
 from tests.helpers.features import features
 from tests.helpers.processes import ProcessGroup
+from tests.helpers.recorder import bytes_of, saved_storages
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
@@ -44,17 +45,10 @@ def saved_bytes(setting: Loss) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "COPIED", 0)
         image, text = features(setting.local_batch, setting.dim, dtype=torch.float32)
-        storages: dict[int, tuple[int, Tensor]] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            storages[storage.data_ptr()] = (storage.nbytes(), x)  # x keeps its address from reuse
-            return x
-
         scale = torch.tensor(20.0, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with saved_storages() as saved:
             build(setting)(image, text, scale)
-        return sum(nbytes for nbytes, _ in storages.values())
+        return bytes_of(saved)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +58,23 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._alive[storage._cdata] = weak, storage.nbytes()
         self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
         return result
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, Tensor]]:
+    """Collect what autograd keeps for the backward pass, each storage once, by its address."""
+    saved: dict[int, Tensor] = {}  # which keep their addresses from reuse
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+def bytes_of(saved: dict[int, Tensor]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in saved.values())
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Problems for the Triton kernels, what float64 says of them, how close kernels must come."""
 
+import math
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,6 +139,13 @@ def guarded(*, reverse: bool = False) -> Iterator[Report]:
             yield report
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def reserve(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros; pages that nothing touches take no memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def upstream(n: int) -> Tensor:

@@ -11,7 +11,7 @@ from rankloss import GramLoss
 from rankloss.kernels import blocked, gram_distance, reference
 from rankloss.kernels.gram_distance import NEGATIVES
 from tests.helpers.distillation_loops import frobenius, random_features
-from tests.helpers.recorder import Peak, Recorder
+from tests.helpers.recorder import Peak, Recorder, bytes_of, saved_storages
 
 each_negatives = pytest.mark.parametrize("negatives", NEGATIVES)
 each_impl = pytest.mark.parametrize("impl", ["blocked", "reference"])
@@ -84,15 +84,9 @@ def test_blocked_rows_are_normalised_a_few_images_at_a_time(shrink: Callable[[in
 @pytest.mark.parametrize("level", ["image", "batch"])
 def test_the_loss_saves_one_gradient_for_backward(level: Any) -> None:
     student, teacher = torch.randn(4, 32, 8, requires_grad=True), torch.randn(4, 32, 64)
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with saved_storages() as saved:
         value = GramLoss(level, impl="blocked")(student, teacher)
-    assert sum(saved.values()) <= student.numel() * 4 + 64
+    assert bytes_of(saved) <= student.numel() * 4 + 64
     with Peak() as peak:
         value.backward()
     assert peak.bytes <= 4 * (student.numel() + 64)  # nothing else as large as it

@@ -1,6 +1,5 @@
 """The Triton kernel of the Gram distance against float64, sanitised, with NaN in fresh buffers."""
 
-import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rankloss.kernels import configurations, gram, gram_distance
 from rankloss.kernels.configurations import GramPlan
 from rankloss.kernels.gram_distance import NEGATIVES
 from tests.helpers.sanitizer import WHY_NOT, Report, sanitize
-from tests.helpers.triton_cases import DEVICE, can_run, guarded, interpreted_only
+from tests.helpers.triton_cases import DEVICE, can_run, guarded, interpreted_only, reserve
 
 pytestmark = can_run
 
@@ -186,14 +185,6 @@ def test_opcheck() -> None:
 
 
 # ---------------------------------------------------------------- offsets beyond 2^31
-
-
-def reserve(*shape: int) -> Tensor:
-    """float32 zeros; pages that nothing touches take no memory."""
-    size = 4 * torch.Size(shape).numel()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    memory = mmap.mmap(-1, size, flags=flags)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 @pytest.mark.skipif(

@@ -1,7 +1,5 @@
 """Offsets beyond 2^31: the last anchors of a huge problem, in memory that is reserved, not used."""
 
-import math
-import mmap
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,13 +11,12 @@ from torch import Tensor
 
 from rankloss.kernels import first_order, high_order
 from tests.helpers.sanitizer import WHY_NOT, sanitize
-from tests.helpers.triton_cases import Inputs, make_inputs
+from tests.helpers.triton_cases import Inputs, make_inputs, reserve
 
 pytestmark = pytest.mark.skipif(
     WHY_NOT is not None or sys.platform != "linux", reason=WHY_NOT or "needs Linux's mmap"
 )
 
-MAP_NORESERVE = 0x4000
 M = K = 20
 R, WIDTH, BLOCK = 2, 16, 16
 TILES = 2  # of 16 places, or candidates
@@ -27,13 +24,6 @@ ANCHORS = 2**31 // M + 10**6  # N M is just past 2^31, N K W far
 
 CONSTANTS = {"W": WIDTH, "BW": WIDTH, "BK": BLOCK, "BJ": BLOCK, "PRECISION": "ieee"}
 P = 32  # places, or candidates, in whole tiles
-
-
-def reserve(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros; pages that nothing touches take no memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def huge(last: Tensor, rows: int) -> Tensor:

@@ -112,11 +112,6 @@ def test_scans_of_several_blocks(
     check(make_inputs(2, m, k, 1, scale=scale, masked=True, discount=True), SMALL_TILES)
 
 
-@pytest.mark.parametrize(("k", "block"), [(1, 16), (16, 16), (17, 32), (1024, 1024), (5000, 1024)])
-def test_block_of_a_scan(k: int, block: int) -> None:
-    assert first_order._block(k) == block
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [3, 40])
 def test_configurations_of_the_table(k: int, dtype: torch.dtype) -> None:

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloss import ClipLoss, HighOrderPLLoss
-from rankloss.distributed import _Exchange
 from tests.helpers.processes import ProcessGroup
 from tests.helpers.towers import (
     CUT,
@@ -129,23 +128,6 @@ def test_second_derivatives_cross_processes(groups: dict[int, ProcessGroup], wor
     parts = zip(*groups[world].run(_local_squared_gradient, make_batch()), strict=True)
     for actual, wanted in zip(parts, expected, strict=True):
         torch.testing.assert_close(torch.cat(actual), wanted * world**2, rtol=0, atol=1e-11)
-
-
-def _gather_and_its_transpose() -> tuple[Tensor, Tensor]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = torch.arange(6.0).reshape(3, 2) + 100 * rank
-    columns = rows.T.contiguous().T  # not contiguous
-    gathered = _Exchange.apply(columns, dist.group.WORLD, False)
-    spread = (1.0 + rank) * torch.arange(world * 3.0)[:, None].expand(-1, 2)  # stride 0
-    return gathered, _Exchange.apply(spread, dist.group.WORLD, True)
-
-
-def test_gather_and_its_transpose(groups: dict[int, ProcessGroup]) -> None:
-    block = torch.arange(6.0).reshape(3, 2)
-    for rank, (gathered, summed) in enumerate(groups[4].run(_gather_and_its_transpose)):
-        torch.testing.assert_close(gathered, torch.cat([block + 100 * r for r in range(4)]))
-        rows = 10 * torch.arange(3.0 * rank, 3.0 * rank + 3)  # 1 + 2 + 3 + 4
-        torch.testing.assert_close(summed, rows[:, None].expand(-1, 2))
 
 
 # ---------------------------------------------------------------- open_clip's modes

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankloss import ClipLoss, CyCLIPLoss, RankCLIPLoss, SigLipLoss
 from rankloss.kernels import blocked, plackett_luce
 from rankloss.kernels.signature import Lists
 from tests.helpers.features import features
 from tests.helpers.problems import arguments, each_streaming, make_problem
-from tests.helpers.recorder import Recorder
+from tests.helpers.recorder import Recorder, bytes_of, saved_storages
 from tests.properties import nll
 
 
@@ -45,17 +45,11 @@ def test_little_is_saved_for_backward(order: int, impl: str) -> None:
     n, m, k, r = 32, 64, 48, 32
     p = make_problem(16, n, m, k, order, r=r, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in p.tensors()]
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with saved_storages() as saved:
         nll(p, impl)
     allowed = sum(4 * x.numel() for x in leaves)
     allowed += 8 * n * k + 8 * n + 4 * k  # ranking, lengths, weights
-    assert sum(saved.values()) <= allowed + 4 * n * m  # and one spare copy of the scores
+    assert bytes_of(saved) <= allowed + 4 * n * m  # and one spare copy of the scores
     assert allowed < 4 * n * k * m / 4
 
 
@@ -65,15 +59,9 @@ def test_gradients_made_ahead_hold_no_input(make: Callable[[], nn.Module]) -> No
     image, text = features(9)
     x = Lists(*arguments(make_problem(0, 4, 9, 7, 1)))
     scores, empty = x.scores.requires_grad_(), x.keys
-    held: set[int] = set()
-
-    def pack(saved: Tensor) -> Tensor:
-        held.add(saved.untyped_storage().data_ptr())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with saved_storages() as held:
         value = make()(image, text, 10.0)
         value = value + plackett_luce(*x[:4], empty, empty, anchor_weights=torch.ones(4))
     assert value.requires_grad
     assert len(held) > 2
-    assert not held & {y.untyped_storage().data_ptr() for y in (image, text, scores)}
+    assert held.keys().isdisjoint(y.untyped_storage().data_ptr() for y in (image, text, scores))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankloss import ClipLoss, HighOrderPLLoss, RankCLIPLoss, rankings
+from rankloss import HighOrderPLLoss, RankCLIPLoss, rankings
 from tests.helpers.features import features, loss_spelled_out, randomize
 from tests.helpers.problems import each_implementation
 
@@ -154,17 +154,6 @@ def test_first_order_is_rankclip_in_float32(scale: float, impl: str) -> None:
     for a, b in zip(actual, expected, strict=True):
         size = float(b.abs().max())
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6 * max(scale, 1) * size)
-
-
-def test_members_of_the_family_have_their_order() -> None:
-    assert ClipLoss().order == 0
-    assert RankCLIPLoss().order == 1
-    assert HighOrderPLLoss(8).order == 3
-    for loss in (ClipLoss(), RankCLIPLoss(), HighOrderPLLoss(8, order=1)):
-        assert not list(loss.parameters())
-    image, text = features(7)
-    named, general = RankCLIPLoss(), HighOrderPLLoss(order=1)
-    assert torch.equal(named(image, text, 9.0), general(image, text, 9.0))
 
 
 # ---------------------------------------------------------------- where training starts
