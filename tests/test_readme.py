@@ -104,3 +104,11 @@ def test_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\S+)", text(), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_folder_and_tool_of_the_tests_is_named() -> None:
+    told = (ROOT / "tests" / "README.md").read_text()
+    files = {x.name for x in (ROOT / "tests" / "helpers").glob("[a-z]*.py")}
+    folders = {f"{x.parent.name}/" for x in (ROOT / "tests").glob("*/__init__.py")}
+    modules = {x.name for x in (ROOT / "tests").glob("[!_]*.py")} - {"conftest.py"}
+    assert not [name for name in files | folders | modules if f"`{name}`" not in told]
