@@ -15,7 +15,7 @@ from rankloss import (
     RelationalDistanceLoss,
 )
 from rankloss.distillation import resize_features
-from tests.helpers.distillation_loops import gradient, random_features
+from tests.helpers.distillation_loops import random_features, value_and_gradient
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "gram": GramLoss,
@@ -33,12 +33,6 @@ def inputs(loss: nn.Module) -> list[Tensor]:
     shape = (2, 6) if isinstance(loss, GramLoss) else (6,)
     widths = ((5, 0), (7, 1000))
     return [random_features(*shape, d, seed=seed, dtype=torch.float32) for d, seed in widths]
-
-
-def value_and_gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Tensor) -> list[Tensor]:
-    leaf = student.detach().requires_grad_()
-    value = loss(leaf, *rest)
-    return [value.detach(), gradient(value, leaf)]
 
 
 # ---------------------------------------------------------------- precision

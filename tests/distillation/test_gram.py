@@ -1,7 +1,7 @@
 """GramLoss: its definition, options, invariances, edges."""
 
 import copy
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor
 from rankloss import GramLoss
 from rankloss.distillation import Level, Negatives, resize_features
 from rankloss.kernels import blocked
-from tests.helpers.distillation_loops import frobenius, gradient, permutations, random_features
+from tests.helpers.distillation_loops import (
+    frobenius,
+    gradient,
+    permutations,
+    random_features,
+    value_and_gradient,
+)
 from tests.helpers.distillation_loops import gram as gram_by_loops
 from tests.helpers.processes import ProcessGroup
 
@@ -21,14 +27,6 @@ LEVELS, NEGATIVES = get_args(Level), get_args(Negatives)
 each_level = pytest.mark.parametrize("level", LEVELS)
 each_negatives = pytest.mark.parametrize("negatives", NEGATIVES)
 each_impl = pytest.mark.parametrize("impl", ["blocked", "reference"])
-
-
-def value_and_gradient(
-    loss: GramLoss, student: Tensor, teacher: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    leaf = student.detach().requires_grad_()
-    value = loss(leaf, teacher, *args, **kwargs)
-    return value.detach(), gradient(value, leaf)
 
 
 def assert_equals_loops(

@@ -16,16 +16,10 @@ from tests.helpers.distillation_loops import (
     permutations,
     random_features,
     spread_of_coinciding,
+    value_and_gradient,
 )
 from tests.helpers.distillation_loops import koleo as koleo_by_loops
 from tests.helpers.processes import ProcessGroup
-
-
-def value_and_gradient(loss: KoLeoLoss, x: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = x.detach().requires_grad_()
-    value = loss(leaf)
-    return value.detach(), gradient(value, leaf)
-
 
 # ---------------------------------------------------------------- definition
 

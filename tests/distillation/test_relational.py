@@ -17,6 +17,7 @@ from tests.helpers.distillation_loops import (
     random_features,
     relational_angle,
     relational_distance,
+    value_and_gradient,
 )
 from tests.helpers.recorder import Recorder
 
@@ -29,12 +30,6 @@ each_loss = pytest.mark.parametrize(("make", "loops"), LOSSES.values(), ids=LOSS
 each_make = pytest.mark.parametrize(
     "make", [RelationalDistanceLoss, RelationalAngleLoss], ids=LOSSES.keys()
 )
-
-
-def value_and_gradient(loss: nn.Module, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = student.detach().requires_grad_()
-    value = loss(leaf, teacher)
-    return value.detach(), gradient(value, leaf)
 
 
 def assert_equals_loops(

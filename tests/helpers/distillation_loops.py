@@ -4,8 +4,9 @@ Vectors are lists of numbers, 0-D tensors that autograd follows; nothing is comp
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +160,15 @@ def gradient(value: Tensor, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
     (result,) = torch.autograd.grad(value, x, materialize_grads=True)
     return result
+
+
+def value_and_gradient(
+    loss: Callable[..., Tensor], x: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Value of a loss, and its gradient to the first argument, of which a copy is made."""
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf, *rest, **options)
+    return value.detach(), gradient(value, leaf)
 
 
 def random_features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rankloss import HighOrderPLLoss
 from rankloss.grad_cache import GradCache
 from tests.helpers.processes import ProcessGroup
+from tests.helpers.towers import assert_same
 
 Part = dict[str, Tensor]
 SIZES = [3, 5, 4]
@@ -74,12 +75,6 @@ def at_once(model: Model, parts: list[Part]) -> tuple[Tensor, dict[str, Tensor]]
     assert len(gradients) == len(list(model.parameters()))
     assert all(x.abs().max() > 1e-5 for x in gradients.values())
     return value.detach(), gradients
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in actual.items():
-        torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
