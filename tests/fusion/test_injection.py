@@ -128,6 +128,9 @@ def test_block_takes_the_proposition_s_step(variant: str, seed: int) -> None:
         v = without_conflict(v, z, t)
         assert (slope(z, v, t) >= -1e-12).all()
     torch.testing.assert_close(out.embedding, step(z, v, 1.0))
+    alone = block(z, features)
+    v = tangent(block.residual(features) * (out.gate if stages.gate else 1), z)
+    torch.testing.assert_close(alone.embedding, step(z, v, 1.0))  # of the same gate, uncorrected
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
