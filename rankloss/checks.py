@@ -207,7 +207,7 @@ def check_further(
     optional: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Check that a loss's further features are all there, (n, D) as `images`, and no others."""
-    unknown = given.keys() - {*needed, *optional}
+    unknown = set(given) - {*needed, *optional}
     if unknown:
         raise TypeError(f"{name}.forward got an unexpected keyword argument {min(unknown)!r}")
     missing = [key for key in needed if given.get(key) is None]

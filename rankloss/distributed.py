@@ -91,7 +91,7 @@ def rank_and_world_size(
         actual.rank if rank is None else rank,
         actual.world_size if world_size is None else world_size,
     )
-    if expected != actual[:2]:
+    if expected != (actual.rank, actual.world_size):
         found = "the process group has" if active else "there is no process group, so"
         raise ValueError(
             f"loss built with rank={rank}, world_size={world_size}, but {found} "

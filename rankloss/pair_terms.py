@@ -68,7 +68,7 @@ class Pairs(NamedTuple):
         images, texts = ((transitions or {}).get(x) for x in ("image", "text"))
         tables = *(images or (None, None)), *(texts or (None, None))
         given = *anchors, batch.images, batch.texts, scale, bias, *tables, batch.labels, *ids, ramp
-        return cls._make(given)
+        return cls(*given)
 
     @property
     def dtype(self) -> torch.dtype:

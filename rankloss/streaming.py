@@ -42,7 +42,7 @@ def loss_of_pairs(x: Pairs, terms: Terms) -> Tensor:
     if terms.impl == "reference":
         return plain_loss(x, terms)
     kernels.choose(terms.impl, x.images.device, x.dtype)
-    leaves = x[:LEAVES]
+    leaves = tuple(x)[:LEAVES]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)):
         value: Tensor = applied(_Value, *x, *terms)
         return value
@@ -349,6 +349,6 @@ class _Streamed(MadeAhead):
         if grad is None:
             return *(None,) * LEAVES, *others
         gradients, links = ctx.saved_tensors[:LEAVES], ctx.saved_tensors[LEAVES:]
-        needed = zip(gradients, links, ctx.needs_input_grad, strict=False)
+        needed = zip(gradients, links, ctx.needs_input_grad[:LEAVES], strict=True)
         scaled = [applied(Scaled, grad, g, link) if need else None for g, link, need in needed]
         return *scaled, *others
