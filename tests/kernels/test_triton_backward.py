@@ -191,9 +191,12 @@ def test_gradients_of_tables_by_chunks(
     assert torch.equal(actual.d_scores, run_small(inputs).d_scores)
 
 
-def test_half_precision_gradients_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("m", "k"), [(4, 4), (5, 2)], ids=["ranked walk", "natural walk"])
+def test_half_precision_gradients_add_up_in_float32(
+    m: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """48 equal anchors, one a chunk: 48 times one's gradient. Each rounding to half would show."""
-    one = triton_cases.make_inputs(1, 4, 4, 2, dtype=torch.float16)
+    one = triton_cases.make_inputs(1, m, k, 2, dtype=torch.float16)
     rows = (x.expand(48, *x.shape[1:]) for x in one[:3])
     inputs = Inputs(*[*rows, *one[3:]])
     monkeypatch.setattr(high_order.Sizes, "chunk", lambda *_, **__: 1)

@@ -59,6 +59,14 @@ def test_partial_sort_equals_the_full_one_at_the_extremes(
     assert torch.equal(rankings(scores, top_k), full)
 
 
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("top_k", [2, None], ids=["partial", "full"])
+def test_negative_zero_ties_with_zero(top_k: int | None, dtype: torch.dtype) -> None:
+    scores = torch.tensor([[-0.0, 0.0] * 6, [0.0, -0.0] * 6], dtype=dtype)
+    ids = torch.arange(12).expand(2, 12)[:, :top_k]
+    assert torch.equal(rankings(scores, top_k), ids)
+
+
 def test_negative_zero_ties_with_zero_when_compiled() -> None:
     """A compiler may drop additions of zero."""
     scores = torch.tensor([[-0.0, 0.0] * 6, [0.0, -0.0] * 6])
