@@ -31,7 +31,9 @@ LABELS = [load_recipe(name).label for name in RECIPES]
 
 ANYWHERE = """
 import runpy, sys
-sys.modules["resource"] = sys.modules["fcntl"] = None  # as on Windows
+missing = ["resource", "fcntl"]  # as on Windows
+missing += ["tensorboard", "transformers", "lightly"]  # the extra `demo` does not install them
+sys.modules |= dict.fromkeys(missing)
 sys.argv[0] = "demo"
 """
 RUN = 'runpy.run_module("examples.demo", run_name="__main__")'
