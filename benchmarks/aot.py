@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.rows import write_whole
+from examples.common.files import write_text
 from tests.helpers.aot import (
     Row,
     default_work,
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         print(line(found) + (f"  FAULT: {', '.join(wrong)}" if wrong else ""), flush=True)
     print(f"{len(work)} kernels in {time.perf_counter() - start:.0f} s, {failed} with faults")
     if options.json:
-        write_whole(options.json, json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+        write_text(options.json, json.dumps([row.as_json() for row in rows], indent=1) + "\n")
     return 1 if failed else 0
 
 

@@ -3,9 +3,8 @@
 import argparse
 import os
 import platform
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from benchmarks import report
 from benchmarks.cases import AnyCase, GramCase, cases
 from benchmarks.memory import free_bytes
 from benchmarks.providers import BY_REQUEST, OURS, PROVIDERS, Provider
-from benchmarks.rows import Row, from_json, to_json, write_whole
+from benchmarks.rows import Row, from_json, to_json
 from benchmarks.suite import Settings, run_case
 from benchmarks.targets import targets
+from examples.common.files import write_text
 
 ORDERS, SIZES = [0, 1, 3], [128, 256, 512, 1024]
 
@@ -84,9 +84,9 @@ def run(chosen: Sequence[AnyCase], providers: Sequence[Provider], settings: Sett
     """Measure all cases; each one's table is printed as soon as it is there."""
     torch.set_num_threads(settings.threads)
     rows: list[Row] = []
-    for case in _with_progress(chosen):
+    for case in chosen:
         found = run_case(case, providers, settings)
-        print(report.terminal(found) + "\n", flush=True)
+        print(report.timings(found) + "\n", flush=True)
         rows += found
     return rows
 
@@ -94,14 +94,14 @@ def run(chosen: Sequence[AnyCase], providers: Sequence[Provider], settings: Sett
 def write(machine: dict[str, Any], rows: Sequence[Row], options: argparse.Namespace) -> None:
     machine, rows = from_json(to_json(machine, rows, ()))  # tables of the digits that are written
     verdicts = targets(rows)
-    print(report.targets_text(verdicts))
+    print(report.targets_table(verdicts))
     for file, write in (
         (options.summary, report.summary),
         (options.json, to_json),
         (options.markdown, report.markdown),
     ):
         if file:
-            write_whole(file, write(machine, rows, verdicts))
+            write_text(file, write(machine, rows, verdicts))
 
 
 def this_machine(settings: Settings) -> dict[str, Any]:
@@ -125,16 +125,6 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-def _with_progress(chosen: Sequence[AnyCase]) -> Iterable[AnyCase]:
-    """Show a progress bar where tqdm is installed; the commands need no more than torch."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return chosen
-    bar: Iterable[AnyCase] = tqdm(chosen, unit="case", file=sys.stderr, disable=None)
-    return bar
 
 
 def _positive(text: str) -> int:

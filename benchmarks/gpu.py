@@ -24,10 +24,11 @@ from benchmarks.check import CHECK_SCORES
 from benchmarks.cpu import this_machine
 from benchmarks.measure import spread
 from benchmarks.providers import GPU_PROVIDERS, OURS, first_line
-from benchmarks.rows import Row, from_json, to_json, write_whole
+from benchmarks.rows import Row, from_json, to_json
 from benchmarks.suite import Contender, Settings, check, contend, run_case
 from benchmarks.targets import gpu_targets
 from benchmarks.worker import Inline, Worker
+from examples.common.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks.device import Ceilings, Device
@@ -132,8 +133,8 @@ def run_stage(name: str, options: argparse.Namespace) -> list[Row]:
         print(f"  {row.case}, {row.provider}: {_outcome(row)}", flush=True)
         rows.append(row)
     machine = {**this_machine(settings), "device": device.description, "dry run": options.dry_run}
-    write_whole(file, to_json(machine, rows, ()))
-    write_whole(options.out / "gpu.md", markdown(options.out))
+    write_text(file, to_json(machine, rows, ()))
+    write_text(options.out / "gpu.md", markdown(options.out))
     return rows
 
 

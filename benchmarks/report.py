@@ -1,4 +1,4 @@
-"""Rows of results as a terminal table, a Markdown page and one small table.
+"""Rows of results as a table of one case, a page and one small table, all in Markdown.
 
 Times are milliseconds of the forward pass, or of forward and backward; CPU time is summed over
 threads. A ratio is a provider's time over rankloss's in the same round, so above 1 rankloss is
@@ -6,7 +6,7 @@ faster; quartiles over the rounds stand in brackets. Memory is the peak beyond t
 (1e6 bytes).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.measure import Spread, spread
 from benchmarks.providers import OURS
 from benchmarks.rows import Row, find
 from benchmarks.targets import Target
+from examples.common.reports import markdown_table
 
 COLUMNS = (
     "case",
@@ -35,9 +36,7 @@ NOTE = (
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    """The texts of a row in the order of COLUMNS; three of them, the last saying why, if none."""
-    if not row.ok:
-        return [row.case, row.provider, f"{row.status}: {row.detail}"]
+    """The texts of a row that was measured, in the order of COLUMNS."""
     return [
         row.case,
         row.provider,
@@ -66,42 +65,26 @@ def _ratio(row: Row, ours: Row | None) -> str:
     return "1" if row is ours else f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]"
 
 
-def terminal(rows: Sequence[Row]) -> str:
-    """An aligned table of one case, under its name."""
-    lines = [cells(row, rows)[1:] for row in rows]
-    full = [list(COLUMNS[1:]), *(line for line in lines if len(line) == len(COLUMNS) - 1)]
-    widths = [max(len(line[i]) for line in full) for i in range(len(full[0]))]
-    widths[0] = max(len(row.provider) for row in rows)
-    texts = (
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False))
-        for line in (full[0], *lines)
-    )
-    return "\n".join([rows[0].case, *("  " + text.rstrip() for text in texts)])
-
-
-def targets_text(targets: Sequence[Target]) -> str:
-    lines = [f"  {t.verdict:12} {t.name}: {t.measured} (target: {t.required})" for t in targets]
-    return "\n".join(["targets", *lines])
+def timings(rows: Sequence[Row]) -> str:
+    """A table of what was measured, and a line for each row that was not, with the reason."""
+    measured = [cells(row, rows) for row in rows if row.ok]
+    parts = [markdown_table(COLUMNS, measured)] if measured else []
+    reasons = [f"- {x.case}, {x.provider}: {x.status}: {x.detail}" for x in rows if not x.ok]
+    return "\n\n".join([*parts, "\n".join(reasons)]).rstrip()
 
 
 def markdown(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Target]) -> str:
     """A page: a table for each group of cases, then the targets."""
     about = (__doc__ or "").partition("\n\n")[2].strip()
     parts = ["# Benchmarks", "; ".join(f"{key} {value}" for key, value in machine.items()), about]
-    return "\n\n".join([*parts, timings(rows), targets_table(targets)]) + "\n"
-
-
-def timings(rows: Sequence[Row]) -> str:
-    """A table for each group of cases."""
-    parts = []
     for group, members in groupby(rows, key=lambda row: row.group):
-        parts += [f"## {group}", table(COLUMNS, (cells(row, rows) for row in members))]
-    return "\n\n".join(parts)
+        parts += [f"## {group}", timings(list(members))]
+    return "\n\n".join([*parts, targets_table(targets)]) + "\n"
 
 
 def targets_table(targets: Sequence[Target]) -> str:
-    verdicts = ([t.verdict, t.name, t.measured, t.required] for t in targets)
-    return "## Targets\n\n" + table(("", "target", "measured", "required"), verdicts)
+    verdicts = [[t.verdict, t.name, t.measured, t.required] for t in targets]
+    return "## Targets\n\n" + markdown_table(("", "target", "measured", "required"), verdicts)
 
 
 def summary(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Target]) -> str:
@@ -111,7 +94,7 @@ def summary(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Targ
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"{machine['date']}."
     )
-    small = table(SUMMARY, (_summary_cells(name, rows) for name in names))
+    small = markdown_table(SUMMARY, [_summary_cells(name, rows) for name in names])
     return "\n\n".join([small, f"{NOTE} {where}", _verdict(targets)]) + "\n"
 
 
@@ -138,12 +121,3 @@ def _verdict(targets: Sequence[Target]) -> str:
     missed = [f"{t.name}: {t.measured} ({t.required})" for t in judged if not t.met]
     met = f"{len(judged) - len(missed)} of {len(judged)} measured targets met."
     return " ".join([met, *(f"Missed: {each}." for each in missed)])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; short rows are filled with empty cells."""
-    filled = ([*row, *[""] * (len(header) - len(row))] for row in rows)
-    lines = (header, ["---"] * len(header), *filled)
-    return "\n".join(
-        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
-    )

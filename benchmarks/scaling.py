@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from benchmarks.report import table
+from examples.common.reports import markdown_table
 
 FLOAT = 4
 """Bytes of float32."""
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(option, type=int, default=field.default)
     options = parser.parse_args(arguments)
     chosen = {field.name: getattr(options, field.name) for field in settings}
-    print(table(COLUMNS, (row(Loss(**chosen, gpus=gpus)) for gpus in options.gpus)))
+    print(markdown_table(COLUMNS, [row(Loss(**chosen, gpus=x)) for x in options.gpus]))
     return 0
 
 

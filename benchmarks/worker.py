@@ -66,10 +66,10 @@ class Worker:
             if not self._connection.poll(timeout):
                 self._process.kill()
                 raise WorkerFailed(f"no answer to {request!r} within {timeout:.0f} s")
-            verdict, answer = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerFailed(self._cause_of_death()) from error
-        return _unpacked(verdict, answer)
+        return _raised(answer)
 
     def stop(self) -> None:
         self._connection.close()  # an idle worker then ends by itself
@@ -94,8 +94,7 @@ class Inline:
         self._session = make()
 
     def ask(self, timeout: float, request: str, *arguments: object) -> Any:
-        verdict, answer = _answer(self._session, request, arguments)
-        return _unpacked(verdict, answer)
+        return _raised(_answer(self._session, request, arguments))
 
     def stop(self) -> None:
         del self._session
@@ -115,20 +114,19 @@ def _serve(
         connection.send(_answer(session, request, arguments))
 
 
-def _answer(session: "Session", request: str, arguments: tuple[object, ...]) -> tuple[str, Any]:
+def _answer(session: "Session", request: str, arguments: tuple[object, ...]) -> Any:
+    """Return what the session answers, or the exception that the asker is to raise."""
     try:
-        return "ok", getattr(session, request)(*arguments)
+        return getattr(session, request)(*arguments)
     except Unavailable as reason:
-        return "unavailable", str(reason)
+        return reason
     except Exception as error:
-        return "failed", first_line(error)
+        return WorkerFailed(first_line(error))
 
 
-def _unpacked(verdict: str, answer: Any) -> Any:
-    if verdict == "unavailable":
-        raise Unavailable(answer)
-    if verdict == "failed":
-        raise WorkerFailed(answer)
+def _raised(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
     return answer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -80,28 +80,22 @@ def second_view(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.stack(shifted) * gain).clamp(0, 255).round().byte()
 
 
+@dataclass(frozen=True, eq=False)
 class SceneData:
     """Training scenes in memory.
 
     Args:
         pixels: (N, 3, H, W) bytes.
         texts, other_texts: (N, L) tokens of two captions of each scene.
-        captions: the N first captions.
+        text_ids: (N,) number of each first caption, as `numbered` gives it.
         teacher: (N, P, D) patch tokens, or None.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        texts: Tensor,
-        other_texts: Tensor,
-        captions: Sequence[str],
-        teacher: Tensor | None = None,
-    ) -> None:
-        self.pixels, self.texts, self.other_texts = pixels, texts, other_texts
-        numbers = {text: i for i, text in enumerate(dict.fromkeys(captions))}
-        self.text_ids = torch.tensor([numbers[text] for text in captions])
-        self.teacher = teacher
+    pixels: Tensor
+    texts: Tensor
+    other_texts: Tensor
+    text_ids: Tensor
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -121,9 +115,14 @@ class SceneData:
         rows = torch.randperm(len(self), generator=generator)[: round(share * len(self))]
         moved = torch.arange(len(self))
         moved[rows] = rows[torch.randperm(len(rows), generator=generator)]
-        fresh = SceneData(self.pixels, self.texts[moved], self.other_texts[moved], [], self.teacher)
-        fresh.text_ids = self.text_ids[moved]
-        return fresh
+        texts, others, ids = (x[moved] for x in (self.texts, self.other_texts, self.text_ids))
+        return replace(self, texts=texts, other_texts=others, text_ids=ids)
+
+
+def numbered(captions: Sequence[str]) -> Tensor:
+    """Number captions (N,), equal ones alike."""
+    numbers = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    return torch.tensor([numbers[text] for text in captions])
 
 
 class Scenes(NamedTuple):
@@ -154,7 +153,7 @@ def load_scenes(scenes: SceneSettings, context: int, folder: Path) -> Scenes:
         for picture in pictures
     ]
     pixels = torch.stack([to_bytes(picture.image) for picture in pictures])
-    train = SceneData(pixels, tokenize(captions), tokenize(others), captions)
+    train = SceneData(pixels, tokenize(captions), tokenize(others), numbered(captions))
     heldout, probe = (read_split(shards[x], transform, tokenize) for x in ("heldout", "probe"))
     return Scenes(train, heldout, probe, tokenize)
 
@@ -168,11 +167,9 @@ def scene_data(settings: Trained, scale: Scale, seed: int, folder: Path) -> Scen
     """Return the data of one run: its captions, its noise, its teacher's features."""
     context = scale.model["text_cfg"]["context_length"]
     loaded = load_scenes(replace(scale.scenes, omit=settings.omit), context, folder)
-    plain = loaded.train
-    train = SceneData(plain.pixels, plain.texts, plain.other_texts, [])
-    train.text_ids = plain.text_ids
+    train = loaded.train
     if settings.teacher != "none":
-        train.teacher = teacher_tokens(settings.teacher, plain.pixels, seed)
+        train = replace(train, teacher=teacher_tokens(settings.teacher, train.pixels, seed))
     if settings.noise:
         train = train.shuffled(settings.noise, seed)
     return loaded._replace(train=train)

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.intervals import Summary
 from benchmarks.study.questions import FITTED_ORDERS, LISTS, METRICS, ORDERS, PLANTED_ORDERS, STAGES
-from examples.common.files import write_atomically
+from examples.common.reports import COLOURS, save_figure
+from examples.evaluation.report import draw_gap
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
 Rows = dict[str, Summary]
 
 
@@ -33,13 +32,9 @@ def draw_figures(told: Summary, folder: Path) -> dict[str, str]:
         with matplotlib.rc_context(style):
             figure = draw(told["rows"])
             if figure is not None:
-                _save(figure, folder / f"{question}.svg")
+                save_figure(folder / f"{question}.svg", figure, metadata={"Date": None})
                 drawn[question] = caption
     return drawn
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
 
 
 def _figure(panels: int, width: float = 3.2, height: float = 2.8) -> tuple[Figure, list[Any]]:
@@ -98,13 +93,8 @@ def _gap(rows: Rows) -> Figure | None:
     if not there:
         return None
     figure, (axes,) = _figure(1, 4.4, 3.0)
-    for name, colour in zip(there, COLOURS, strict=False):
-        curve = rows[name]["curves"]["gap"]
-        gaps, losses = ([point[key] for point in curve] for key in ("gap", "loss"))
-        axes.plot(gaps, losses, color=colour, label=name)
-        own = next(point for point in curve if point["shift"] == 0)
-        axes.plot(own["gap"], own["loss"], "o", color=colour)
-    axes.set(xlabel="distance of the centroids, moved", ylabel="CLIP's loss, held out")
+    axes.set_prop_cycle(color=COLOURS)
+    draw_gap(axes, {name: rows[name]["curves"]["gap"] for name in there})
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=7)
     return figure

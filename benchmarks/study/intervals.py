@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,8 @@ from benchmarks.study.measures import Result
 from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, TEST, Question
 from benchmarks.study.rows import Row
 from benchmarks.study.settings import Scale, Trained
-from benchmarks.study.store import described, versions
+from benchmarks.study.store import COMPUTED_BY, described
+from examples.common.reports import versions
 
 RESAMPLES, LEVEL, DIGITS = 10_000, 0.95, 6
 Summary = dict[str, Any]
@@ -77,7 +79,7 @@ def summarise(
     return {
         "test": TEST,
         "scale": None if scale is None else _as_json(asdict(scale)),
-        "versions": versions(),
+        "versions": versions(*COMPUTED_BY),
         "rows": told,
         "questions": questions,
         "stale": stale,
@@ -86,9 +88,7 @@ def summarise(
 
 
 def _as_json(told: Any) -> Any:
-    if isinstance(told, dict):
-        return {key: _as_json(value) for key, value in told.items()}
-    return [_as_json(x) for x in told] if isinstance(told, list | tuple) else told
+    return json.loads(json.dumps(told))
 
 
 def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
@@ -145,12 +145,13 @@ def _question(question: Question, rows: dict[str, Summary]) -> Summary:
 
 def paired(rows: dict[str, Summary], ours: str, base: str, metric: str) -> list[float]:
     """Return the differences of the seeds that both rows have, or without base the values."""
-    if ours not in rows or metric not in rows[ours]["measures"]:
-        return []
-    values = dict(zip(rows[ours]["seeds"], rows[ours]["measures"][metric], strict=True))
+    ours_by_seed, base_by_seed = (_by_seed(rows, name, metric) for name in (ours, base))
     if not base:
-        return list(values.values())
-    if base not in rows or metric not in rows[base]["measures"]:
-        return []
-    others = dict(zip(rows[base]["seeds"], rows[base]["measures"][metric], strict=True))
-    return [values[seed] - others[seed] for seed in values if seed in others]
+        return list(ours_by_seed.values())
+    return [value - base_by_seed[s] for s, value in ours_by_seed.items() if s in base_by_seed]
+
+
+def _by_seed(rows: dict[str, Summary], name: str, metric: str) -> dict[int, float]:
+    """Return a metric of a row for each seed; {} where it was not measured."""
+    row = rows.get(name, {"seeds": [], "measures": {}})
+    return dict(zip(row["seeds"], row["measures"].get(metric, []), strict=False))

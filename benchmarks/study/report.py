@@ -13,7 +13,7 @@ from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, Metric, Quest
 from benchmarks.study.rows import all_rows
 from benchmarks.study.settings import Scale
 from examples.common.files import read_json, write_text
-from examples.demo.report import markdown_table
+from examples.common.reports import markdown_table
 
 OPENING = """# The study: does it help, and where?
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.study.measures import Result, run
 from benchmarks.study.photos import PhotoFiles
 from benchmarks.study.rows import Row
 from benchmarks.study.settings import SCALES, Planted, Scale
 from examples.common.files import read_json, write_json
+from examples.common.reports import versions
 
+COMPUTED_BY = ("open_clip_torch", "timm", "numpy", "scikit-learn", "scipy")
+"""Packages whose versions a result tells, beside torch's and Python's."""
 VERSION = 1
 """Raise it when a row's meaning changes without its settings: old results are then run anew."""
 
@@ -39,22 +38,21 @@ def result_file(out: Path, row: Row, seed: int, scale: Scale) -> Path:
     return out / "rows" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def save(out: Path, row: Row, seed: int, scale: Scale, result: Result) -> None:
-    """Write a result and what determined it."""
+def run_and_save(row: Row, seed: int, scale: str, out: Path, photos: PhotoFiles | None) -> None:
+    """Run one row at one seed and write its result, with what determined it, to its file.
+
+    The scale is given by its name, so that data are cached.
+    """
+    sizes = SCALES[scale]
+    result = run(row.settings, seed, sizes, (out / "data").resolve(), photos)
     told = {
         "name": row.name,
         "seed": seed,
-        "settings": described(row, seed, scale),
-        "versions": versions(),
+        "settings": described(row, seed, sizes),
+        "versions": versions(*COMPUTED_BY),
         **result,
     }
-    write_json(result_file(out, row, seed, scale), told)
-
-
-def run_and_save(row: Row, seed: int, scale: str, out: Path, photos: PhotoFiles | None) -> None:
-    """Run one row at one seed and write its file; the scale is a name, so that data are cached."""
-    result = run(row.settings, seed, SCALES[scale], (out / "data").resolve(), photos)
-    save(out, row, seed, SCALES[scale], result)
+    write_json(result_file(out, row, seed, sizes), told)
 
 
 def load(
@@ -88,13 +86,3 @@ def command(row: Row, seed: int, scale: Scale, photos: PhotoFiles | None) -> str
         ):
             words += [f"--{option}", str(path)]
     return shlex.join([*words, "--again"])
-
-
-def versions() -> dict[str, str]:
-    """Return versions of what computes the results."""
-    names = ("open_clip_torch", "timm", "numpy", "scikit-learn", "scipy")
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }

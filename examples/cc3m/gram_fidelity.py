@@ -25,6 +25,7 @@ from examples.cc3m.data.teacher import Extractor, load_teacher, sample_images
 from examples.cc3m.extract_dinov3 import parse
 from examples.common.files import UserError, write_json
 from examples.common.parallel import running
+from examples.common.reports import markdown_table
 from examples.common.shards import Failures, expand_shards
 from rankloss.distillation import GramLoss
 from rankloss.fusion.pca import TokenPCA
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples = sample_images(expand_shards(options.shards), own.images, options.seed)
             with extractor.pool:
                 found = list(extractor.batches(samples, Failures()))
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     tokens = torch.cat([features.patches.cpu() for _, features in found])
@@ -65,20 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "KiB an image": size / 2**10,
                 **fidelity(measured, pca, dtype),
             }
-    print(table(rows))
+    cells = [[row, *(f"{value:.2g}" for value in values.values())] for row, values in rows.items()]
+    print(markdown_table(["dimensions, numbers", *next(iter(rows.values()))], cells))
     if own.report is not None:
         described = {"model": options.model, "images": len(measured), "rows": rows}
         write_json(own.report, described)
     return 0
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Return the numbers in Markdown."""
-    names = list(next(iter(rows.values())))
-    lines = ["| dimensions, numbers | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, values in rows.items():
-        lines.append(f"| {row} | " + " | ".join(f"{values[name]:.2g}" for name in names) + " |")
-    return "\n".join(lines)
 
 
 @torch.no_grad()

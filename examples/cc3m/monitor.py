@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from examples.common.files import UserError, write_atomically, write_text
+from examples.common.files import UserError, write_text
+from examples.common.reports import save_figure
 
 LOG = logging.getLogger(__name__)
 Stamp = float | torch.cuda.Event
@@ -247,7 +248,7 @@ def save_curves(
     epochs = [each["step"] for each in evaluations]
     curves = {name: [each.get(name, float("nan")) for each in evaluations] for name in measured}
     _draw(axes[1, 1], "evaluation", epochs, curves, marker="o")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    save_figure(path, figure, dpi=120)
 
 
 def _draw(

@@ -143,12 +143,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) 
     write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=header))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what `save_tensors` wrote; raises as `load_checkpoint`."""
-    found = load_checkpoint(path)
-    return found.tensors, found.state
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Return what `save_tensors` wrote.
 

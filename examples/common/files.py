@@ -114,13 +114,18 @@ def claim_directory(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
-            _refuse_strangers(path, written)
+            if ours := _found(path, written):
+                raise UserError(
+                    f"{path} holds {ours[0].name}, which no run of this script wrote; choose "
+                    "another --out"
+                )
             write_json(marker, settings)
             return
         old = read_json(marker)
         changes = _differences(old, settings)
         if fresh and changes:
-            _remove_written(path, written)
+            for file in _found(path, written):
+                file.unlink()
         elif changes.keys() - set(changeable):
             shown = [f"{k}: {a} -> {b}" for k, (a, b) in changes.items()][:5]
             told = ", ".join(shown + ["..."] * (len(changes) > 5))
@@ -135,20 +140,6 @@ def claim_directory(
             write_json(marker, settings)
     except OSError as error:
         raise UserError(f"{path} cannot be written to ({error}); choose another --out") from error
-
-
-def _refuse_strangers(path: Path, written: Sequence[str]) -> None:
-    strangers = [found.name for pattern in written for found in path.glob(pattern)]
-    if strangers:
-        raise UserError(
-            f"{path} holds {strangers[0]}, which no run of this script wrote; choose another --out"
-        )
-
-
-def _remove_written(path: Path, written: Sequence[str]) -> None:
-    for pattern in written:
-        for found in path.glob(pattern):
-            found.unlink()
 
 
 @contextlib.contextmanager
@@ -172,6 +163,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _found(path: Path, patterns: Sequence[str]) -> list[Path]:
+    return [found for pattern in patterns for found in path.glob(pattern)]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[object, object]]:

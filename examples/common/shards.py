@@ -18,6 +18,8 @@ from typing import Any
 
 import webdataset as wds
 
+from examples.common.files import UserError
+
 LOG = logging.getLogger(__name__)
 MOST_BYTES = 1 << 26
 """Bytes of a file in a tar."""
@@ -29,14 +31,14 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     """'data/{00000..00331}.tar', or a list of such, as a list of paths.
 
     Raises:
-        ValueError: no shards, or local ones that do not exist.
+        UserError: no shards, or local ones that do not exist.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     shards = [path for one in specs for path in wds.shardlists.expand_urls(one)]
     missing = [path for path in shards if ":" not in path and not Path(path).exists()]
     if not shards or missing:
         example = f", for example {missing[0]}" if missing else ""
-        raise ValueError(f"{len(missing)} of {len(shards)} shards of {spec!r} are missing{example}")
+        raise UserError(f"{len(missing)} of {len(shards)} shards of {spec!r} are missing{example}")
     return shards
 
 
@@ -44,13 +46,13 @@ def count_samples(shards: Sequence[str]) -> int:
     """Sum of "successes" in the _stats.json that img2dataset writes beside each shard.
 
     Raises:
-        ValueError: a shard has none.
+        UserError: a shard has none.
     """
     total = 0
     for shard in shards:
         stats = Path(re.sub(r"\.tar(\.\w+)?$", "", shard) + "_stats.json")
         if not stats.exists():
-            raise ValueError(f"{stats} is missing, so samples cannot be counted; give their number")
+            raise UserError(f"{stats} is missing, so samples cannot be counted; give their number")
         total += int(json.loads(stats.read_text())["successes"])
     return total
 
@@ -126,7 +128,7 @@ def _promised(shard: str) -> int:
     """Samples that a shard should have, 0 if nothing says so."""
     try:
         return count_samples([shard])
-    except ValueError:
+    except UserError:
         return 0
 
 

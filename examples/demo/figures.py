@@ -11,13 +11,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.common.files import write_atomically
+from examples.common import reports
 from examples.demo.measures import Metric, mean_and_spread
 from examples.demo.report import TrainedRow
 from examples.demo.scene_shards import Picture
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, which colour-blind readers can tell apart; one a model."""
 EXAMPLES = 6
 
 
@@ -32,7 +30,7 @@ def save_figure(
         panels: Any = figure.subfigures(2, 1, height_ratios=[2.7, 3.2])
         _draw_examples(panels[0], examples)
         _draw_scores(panels[1], rows, metrics)
-        write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+        reports.save_figure(path, figure, dpi=110)
 
 
 def _draw_examples(panel: Any, examples: Sequence[Picture]) -> None:
@@ -56,7 +54,7 @@ def _draw_bars(
     axes: Any, rows: Sequence[TrainedRow], metrics: Sequence[Metric], title: str
 ) -> None:
     width = 0.8 / len(rows)
-    for i, (row, colour) in enumerate(zip(rows, COLOURS, strict=False)):
+    for i, (row, colour) in enumerate(zip(rows, reports.COLOURS, strict=False)):
         at = np.arange(len(metrics)) + (i - (len(rows) - 1) / 2) * width
         pairs = [mean_and_spread([x[m.key] for x in row.outcomes]) for m in metrics]
         values = [100 * mean for mean, _ in pairs]

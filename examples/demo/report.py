@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from examples.common.reports import markdown_table, versions
 from examples.demo.measures import Metric, Outcomes, difference, mean_and_spread
 
 ONE_SEED = (
@@ -65,19 +65,6 @@ def results_table(metrics: Sequence[Metric], rows: Sequence[TrainedRow]) -> str:
     return markdown_table(["held-out measure", "chance", *(row.label for row in rows)], lines)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned, readable as plain text too; the first column to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
 def _differences(row: TrainedRow, base: TrainedRow, metrics: Sequence[Metric]) -> str:
     """One sentence: how far a model is from CLIP; no verdict on what it means."""
     parts = []
@@ -106,15 +93,9 @@ def results_json(
         for row in rows
     }
     chance = {metric.key: metric.chance for metric in metrics}
-    return {"settings": settings, "versions": versions(), "chance": chance, "models": models}
-
-
-def versions() -> dict[str, str]:
-    names = ("open_clip_torch", "webdataset", "numpy", "pillow", "safetensors")
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+    made_by = {
+        **versions("open_clip_torch", "webdataset", "numpy", "pillow", "safetensors"),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
-        **{name: importlib.metadata.version(name) for name in names},
     }
+    return {"settings": settings, "versions": made_by, "chance": chance, "models": models}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from examples.common.files import UserError
-from examples.evaluation.commands import COMMANDS, Result
+from examples.evaluation.commands import COMMANDS
 from examples.evaluation.models import load_model
 from examples.evaluation.report import Table, write_report
 
@@ -32,17 +32,18 @@ from examples.evaluation.report import Table, write_report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; the exit code."""
     options = _parse(arguments)
+    title, measure = COMMANDS[options.command]
     try:
         columns: dict[str, dict[str, float]] = {}
         curves: dict[str, Any] = {}
         notes: list[str] = []
         for spec in options.model:
             model = load_model(spec, torch.device(options.device))
-            result: Result = COMMANDS[options.command].measure(model, options)
+            result = measure(model, options)
             columns[model.label] = result.numbers
             curves |= {} if result.curve is None else {model.label: result.curve}
             notes += [note for note in result.notes if note not in notes]
-        table = Table("models", columns, COMMANDS[options.command].title, notes)
+        table = Table("models", columns, title, notes)
         told = {k: v if isinstance(v, int) else str(v) for k, v in vars(options).items()}
         paths = write_report(
             options.out, options.command, table, {"settings": told}, curves or None
@@ -60,15 +61,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        each = commands.add_parser(name, help=command.title)
-        each.add_argument("--model", action="append", required=True, metavar="[LABEL=]NAME[@W]")
-        each.add_argument("--out", type=Path, default=Path("runs/evaluation"))
-        each.add_argument("--batch-size", type=int, default=128)
-        each.add_argument("--workers", type=int, default=0, help="processes that decode images")
-        each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        for flag, settings in command.arguments.items():
-            each.add_argument(flag, **settings)
+    for name, (title, _) in COMMANDS.items():
+        add = commands.add_parser(name, help=title).add_argument
+        add("--model", action="append", required=True, metavar="[LABEL=]NAME[@W]")
+        add("--out", type=Path, default=Path("runs/evaluation"))
+        add("--batch-size", type=int, default=128)
+        add("--workers", type=int, default=0, help="processes that decode images")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if name in ("retrieval", "gap"):
+            add("--pairs", required=True, help="shards, or a CSV file with captions")
+        elif name == "agreement":
+            add("--judgements", type=Path, required=True, help="CSV with image, caption, score")
+        else:
+            add("data", nargs="+", metavar="NAME=PATH")
     return parser.parse_args(arguments)
 
 

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,15 +34,6 @@ class Result:
     numbers: dict[str, float]
     curve: list[dict[str, float]] | None = None
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A measurement: its title, arguments beyond the common ones, and what does it."""
-
-    title: str
-    arguments: dict[str, dict[str, Any]]
-    measure: Callable[[Model, argparse.Namespace], Result]
 
 
 def measure_retrieval(model: Model, options: argparse.Namespace) -> Result:
@@ -132,22 +122,11 @@ def _named(specs: list[str]) -> list[tuple[str, str]]:
     return [(name, path) for name, path in named]
 
 
-PAIRS = {"--pairs": {"required": True, "help": "shards, or a CSV file with captions"}}
-DATA = {"data": {"nargs": "+", "metavar": "NAME=PATH"}}
-COMMANDS = {
-    "retrieval": Command("Retrieval, R@1, R@5 and R@10", PAIRS, measure_retrieval),
-    "gap": Command("Modality gap", PAIRS, measure_gap),
-    "zero_shot": Command("Zero-shot classification", DATA, measure_zero_shot),
-    "probe": Command("Probes of frozen image features", DATA, measure_probe),
-    "agreement": Command(
-        "Agreement with graded human judgements, Kendall's tau",
-        {
-            "--judgements": {
-                "required": True,
-                "type": Path,
-                "help": "CSV with image, caption, score",
-            }
-        },
-        measure_agreement,
-    ),
+COMMANDS: dict[str, tuple[str, Callable[[Model, argparse.Namespace], Result]]] = {
+    "retrieval": ("Retrieval, R@1, R@5 and R@10", measure_retrieval),
+    "gap": ("Modality gap", measure_gap),
+    "zero_shot": ("Zero-shot classification", measure_zero_shot),
+    "probe": ("Probes of frozen image features", measure_probe),
+    "agreement": ("Agreement with graded human judgements, Kendall's tau", measure_agreement),
 }
+"""Title of each command, and what measures a model."""

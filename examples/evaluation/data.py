@@ -47,7 +47,7 @@ class Captioned(Shared):
             for row in read_rows(Path(source)):
                 self.captions.setdefault(row.image, []).append(row.caption)
         else:
-            self.shards = _shards(source)
+            self.shards = expand_shards(source)
 
     def samples(self) -> Iterator[tuple[Image.Image, list[str]]]:
         """Yield RGB images with their captions; samples of shards that are broken are left out."""
@@ -202,36 +202,31 @@ def classification(name: str, images: str, transform: Transform) -> Classificati
     """
     if name == "objectnet":
         return _objectnet(Path(images), transform)
-    if name in SUBSETS:
-        numbers = SUBSETS[name]()
+    if (numbers := numbers_of(name)) is not None:
         names = [open_clip.IMAGENET_CLASSNAMES[i] for i in numbers]
         folders = [str(i) for i in numbers] if name == "imagenet-v2" else synsets(numbers)
     elif Path(images).is_dir():
         return Classification(images, None, transform)
     else:
-        return Classification(images, Path(_shards(images)[0]).parent / "classnames.txt", transform)
+        return Classification(
+            images, Path(expand_shards(images)[0]).parent / "classnames.txt", transform
+        )
     return _with_classes(images, names, {x: i for i, x in enumerate(folders)}, transform, name)
 
 
-def subset(kind: str) -> list[int]:
-    """ImageNet-1k numbers of the 200 classes of "r" or "a", as timm lists them."""
-    return [int(x) for x in _timm_list(f"imagenet_{kind}_indices.txt")]
+def numbers_of(data_set: str) -> list[int] | None:
+    """ImageNet-1k numbers of a data set's classes, in the order of its own; None: of others."""
+    if data_set in ("imagenet-1k", "imagenet-v2", "imagenet-sketch"):
+        return list(range(1000))
+    if data_set in ("imagenet-r", "imagenet-a"):
+        return [int(x) for x in _timm_list(f"imagenet_{data_set[-1]}_indices.txt")]
+    return None
 
 
 def synsets(numbers: list[int]) -> list[str]:
     """WordNet identifiers of ImageNet-1k classes, as timm lists them."""
     every = _timm_list("imagenet_synsets.txt")
     return [every[i] for i in numbers]
-
-
-SUBSETS: dict[str, Callable[[], list[int]]] = {
-    "imagenet-1k": lambda: list(range(1000)),
-    "imagenet-v2": lambda: list(range(1000)),
-    "imagenet-sketch": lambda: list(range(1000)),
-    "imagenet-r": lambda: subset("r"),
-    "imagenet-a": lambda: subset("a"),
-}
-"""Data set -> ImageNet-1k numbers of its classes, in the order of its own numbers."""
 
 
 def _objectnet(root: Path, transform: Transform) -> Classification:
@@ -275,10 +270,3 @@ def _with_classes(
 def _timm_list(name: str) -> list[str]:
     text = (importlib.resources.files("timm.data._info") / name).read_text(encoding="utf-8")
     return text.split()
-
-
-def _shards(spec: str) -> list[str]:
-    try:
-        return expand_shards(spec)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.common.files import write_atomically, write_json, write_text
+from matplotlib.figure import Figure
+
+from examples.common.files import write_json, write_text
+from examples.common.reports import markdown_table, save_figure
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,10 @@ class Table:
 
     def text(self) -> str:
         """The table in Markdown; "-" where a number is missing."""
-        lines = [f"{self.title}.", ""]
-        lines.append("| " + " | ".join(["measure", *self.columns]) + " |")
-        lines.append("|" + " --- |" * (len(self.columns) + 1))
-        for row in self.rows():
-            numbers = [_shown(values.get(row)) for values in self.columns.values()]
-            lines.append("| " + " | ".join([row, *numbers]) + " |")
-        return "\n".join([*lines, *(["", *self.notes] if self.notes else [])]) + "\n"
+        numbers = self.columns.values()
+        cells = [[row, *(_shown(values.get(row)) for values in numbers)] for row in self.rows()]
+        table = markdown_table(["measure", *self.columns], cells)
+        return "\n\n".join(filter(None, [f"{self.title}.", table, "\n".join(self.notes)])) + "\n"
 
 
 def write_report(
@@ -59,8 +59,16 @@ def write_report(
     paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
     write_json(paths[0], data)
     write_text(paths[1], table.text())
-    figure = _bars(table) if curves is None else _curves(curves, table.title)
-    write_atomically(paths[2], lambda path: figure.savefig(path, format="png", dpi=120))
+    size = (7, 1.2 + 0.22 * len(table.rows()) * len(table.columns)) if curves is None else (6, 4)
+    figure = Figure(size, layout="constrained")
+    axes = figure.add_subplot()
+    if curves is None:
+        _draw_bars(axes, table)
+    else:
+        draw_gap(axes, curves)
+    axes.set_title(table.title, fontsize=9)
+    axes.legend(fontsize=7)
+    save_figure(paths[2], figure, dpi=120)
     return paths
 
 
@@ -68,41 +76,21 @@ def _shown(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _bars(table: Table) -> Any:
-    rows, columns = table.rows(), list(table.columns)
-    figure = _figure(7, 1.2 + 0.22 * len(rows) * max(1, len(columns)))
-    axes = figure.add_subplot()
-    thickness = 0.8 / max(1, len(columns))
-    for i, name in enumerate(columns):
+def _draw_bars(axes: Any, table: Table) -> None:
+    rows = table.rows()
+    thickness = 0.8 / len(table.columns)
+    for i, (name, numbers) in enumerate(table.columns.items()):
         places = [row + i * thickness for row in range(len(rows))]
-        values = [table.columns[name].get(row, math.nan) for row in rows]
-        axes.barh(places, values, thickness, label=name)
+        axes.barh(places, [numbers.get(row, math.nan) for row in rows], thickness, label=name)
     axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(rows))], rows)
     axes.invert_yaxis()
-    axes.set_title(table.title, fontsize=9)
-    axes.legend(fontsize=7)
-    return figure
 
 
-def _curves(curves: dict[str, list[dict[str, float]]], title: str) -> Any:
-    figure = _figure(6, 4)
-    axes = figure.add_subplot()
+def draw_gap(axes: Any, curves: dict[str, list[dict[str, float]]]) -> None:
+    """Draw CLIP's loss over the gap, a line for each entry of `gap_curve`s by name."""
     for name, points in curves.items():
         ordered = sorted(points, key=lambda point: point["gap"])
-        line = axes.plot([p["gap"] for p in ordered], [p["loss"] for p in ordered], label=name)
+        (line,) = axes.plot([p["gap"] for p in ordered], [p["loss"] for p in ordered], label=name)
         here = min(points, key=lambda point: abs(point["shift"]))
-        axes.plot(here["gap"], here["loss"], "o", color=line[0].get_color())
-    axes.set_xlabel("modality gap after shifting (dot: as trained)")
-    axes.set_ylabel("CLIP's loss")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
-    return figure
+        axes.plot(here["gap"], here["loss"], "o", color=line.get_color())
+    axes.set(xlabel="modality gap after shifting (dot: as trained)", ylabel="CLIP's loss")

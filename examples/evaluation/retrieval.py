@@ -28,10 +28,12 @@ def retrieval(
     Raises:
         ValueError: some image has no text, or an index is outside the images.
     """
-    own = torch.arange(len(images)) if image_of_text is None else image_of_text
+    numbers = torch.arange(len(images))
+    own = numbers if image_of_text is None else image_of_text
+    _check_owners(images, texts, own)
     ways = {
-        "image_to_text": ranks_of_best_text(images, texts, own),
-        "text_to_image": ranks_of_own_image(images, texts, own),
+        "image_to_text": ranks_of_best_match(images, texts, numbers, own),
+        "text_to_image": ranks_of_best_match(texts, images, own, numbers),
     }
     return {
         f"{way}_R@{k}": float(recall_at(ranks, k).double().mean())
@@ -40,29 +42,26 @@ def retrieval(
     }
 
 
-def ranks_of_own_image(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """(M,) int64 place of each text's own image, 1 being the best; ties count as better ones."""
-    _check_owners(images, texts, image_of_text)
-    ranks = []
-    for start in range(0, len(texts), CHUNK):
-        own = image_of_text[start : start + CHUNK, None]
-        similarity = texts[start : start + CHUNK] @ images.T
-        as_good = similarity >= similarity.gather(1, own) - TIE
-        ranks.append(as_good.scatter(1, own, False).sum(1) + 1)
-    return torch.cat(ranks) if ranks else image_of_text.new_zeros(0)
+def ranks_of_best_match(
+    queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor
+) -> Tensor:
+    """Return the place of the best of each query's matches, 1 being the best.
 
+    Args:
+        queries, candidates: (N, D) and (M, D) unit-norm.
+        query_ids, candidate_ids: (N,) and (M,) int64, equal for matches, of which each query has
+            one at least.
 
-def ranks_of_best_text(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """(N,) int64 place of the best of each image's own texts; others' ties count as better."""
-    _check_owners(images, texts, image_of_text)
+    Returns:
+        (N,) int64. Other candidates that are as similar count as better ones.
+    """
     ranks = []
-    for start in range(0, len(images), CHUNK):
-        similarity = images[start : start + CHUNK] @ texts.T
-        rows = torch.arange(start, start + len(similarity), device=image_of_text.device)
-        own = image_of_text[None, :] == rows[:, None]
-        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((similarity >= best - TIE) & ~own).sum(1) + 1)
-    return torch.cat(ranks) if ranks else image_of_text.new_zeros(0)
+    for rows, ids in zip(torch.split(queries, CHUNK), torch.split(query_ids, CHUNK), strict=True):
+        similarity = rows @ candidates.T
+        match = ids[:, None] == candidate_ids
+        best = similarity.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
+        ranks.append(((similarity >= best - TIE) & ~match).sum(1) + 1)
+    return torch.cat(ranks)
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.cc3m.step import clamp_scale
+from examples.cc3m.step import learning_rate as rate_at
 from examples.common.files import write_atomically
 from examples.common.parallel import seed_generators
 from examples.demo.captions import caption
@@ -39,7 +41,6 @@ from rankloss import ClipLoss
 from rankloss.fusion.teacher import Dinov3Teacher
 
 CONTEXT_LENGTH = 32
-MOST_SCALE = math.log(100)
 
 
 class DinoText(nn.Module):
@@ -103,15 +104,14 @@ def align(
     optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     for step in (bar := tqdm(range(steps), unit="step", mininterval=2.0)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = rate_at(step, steps, learning_rate, 0)
         chosen = torch.randint(len(images), (batch_size,))
         text = model.encode_text(texts[chosen])
         value: Any = loss(images[chosen], text, model.logit_scale.exp())
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MOST_SCALE)
+        clamp_scale(model)
         losses.append(value.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses

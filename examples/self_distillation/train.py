@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.cc3m.step import learning_rate
 from examples.common.checkpoint import Checkpoints, restore_training, training_tensors
 from examples.common.files import (
     RUN_FILES,
@@ -25,10 +23,10 @@ from examples.common.files import (
 from examples.common.images import normalise
 from examples.common.parallel import seed_generators
 from examples.common.signals import Interrupted, StopRequest
-from examples.demo.drawing import draw
-from examples.demo.scene_shards import SceneSettings, train_scenes
+from examples.demo.scene_shards import train_scenes
 from examples.self_distillation.backbone import Network
 from examples.self_distillation.crops import sample_views
+from examples.self_distillation.measure import scene_pixels
 from examples.self_distillation.objective import SelfDistillation
 from examples.self_distillation.settings import Settings
 from rankloss.fusion.teacher import IMAGENET_MEAN, IMAGENET_STD
@@ -70,7 +68,9 @@ def train(
     if (found := checkpoints.latest()) is not None:
         restore_training(distillation, optimizer, found)
         step, history = found.state["step"], found.state["history"]
-    images = scene_images(settings.scenes)
+    scenes = settings.scenes  # the demo compresses the same pictures
+    purpose = f"{scenes.seed}/train/picture"
+    images = scene_pixels(list(train_scenes(scenes)), purpose, scenes.image_size).contiguous()
     with tqdm(total=end, initial=step, unit="step", mininterval=2.0) as bar:
         while step < end:
             terms = update(distillation, optimizer, images, settings, step)
@@ -109,8 +109,9 @@ def update(
         locals_=settings.locals_,
         with_high=distillation.needs_high(step),
     )
+    warmup = max(1, round(settings.warmup * settings.steps))
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(settings, step)
+        group["lr"] = learning_rate(step, settings.steps, settings.learning_rate, warmup)
     terms = distillation(views, step)
     loss: Any = torch.stack(list(terms.values())).sum()
     optimizer.zero_grad()
@@ -128,24 +129,6 @@ def build_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Opti
     vectors = [p for p in parameters if p.squeeze().dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine to 0."""
-    warmup = max(1, round(settings.warmup * settings.steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-
-def scene_images(settings: SceneSettings) -> Tensor:
-    """The training split's pictures, (N, 3, H, W) uint8; the demo compresses the same ones."""
-    pictures = []
-    for index, scene in enumerate(train_scenes(settings)):
-        rng = random.Random(f"{settings.seed}/train/picture/{index}")
-        pictures.append(np.asarray(draw(scene, rng, settings.image_size)))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def block_means(values: list[float], block: int = 50) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.study.data import Batch, SceneData, batches, second_view
+from benchmarks.study.data import Batch, SceneData, batches, numbered, second_view
 from benchmarks.study.learnt import likelihood, offset_share
 from benchmarks.study.photos import PhotoFiles, load_photos, read_captions, read_grades
 from benchmarks.study.planted import planted_model, transition_terms
@@ -32,7 +32,7 @@ def data() -> SceneData:
     texts = torch.randint(1, 49406, (2, 12, 32), generator=generator)
     texts[:, :, 6] = 49407
     texts[:, :, 7:] = 0
-    return SceneData(pixels, texts[0], texts[1], CAPTIONS * 3)
+    return SceneData(pixels, texts[0], texts[1], numbered(CAPTIONS * 3))
 
 
 def batch_of(data: SceneData, size: int = 6) -> Batch:
@@ -44,7 +44,7 @@ def batch_of(data: SceneData, size: int = 6) -> Batch:
 
 def test_batches_are_the_seed_s_and_every_pair_comes_once_an_epoch(data: SceneData) -> None:
     def ids(seed: int) -> list[int]:
-        plain = SceneData(data.pixels, data.texts, data.other_texts, [str(i) for i in range(12)])
+        plain = replace(data, text_ids=torch.arange(12))
         return torch.cat(
             [b.text_ids for b in itertools.islice(batches(plain, 4, seed), 6)]
         ).tolist()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples.common.checkpoint import (
     Checkpoints,
-    load_tensors,
+    load_checkpoint,
     restore_training,
     training_tensors,
 )
@@ -164,7 +164,7 @@ def test_pickles_are_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "step_00000001.safetensors"
     path.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(UserError, match="not readable"):
-        load_tensors(path)
+        load_checkpoint(path)
     assert not (tmp_path / "harm").exists()
     sources = [path.read_text() for path in (ROOT / "examples").rglob("*.py")]
     assert not [text for text in sources if "torch.load(" in text or "import pickle" in text]

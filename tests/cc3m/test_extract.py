@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from examples.cc3m import gram_fidelity
-from examples.cc3m.data import teacher
+from examples.cc3m.data import features, teacher
 from examples.cc3m.data.features import FeatureReader
 from examples.cc3m.data.quantised import bytes_of_image, pack, to_half, unpack
 from examples.cc3m.data.teacher import sample_images
@@ -114,8 +114,8 @@ def test_features_are_the_teachers_under_the_images_keys(images: Path) -> None:
     teacher = Dinov3Teacher(NAME, pretrained=False, **OPTIONS)
     pca = TokenPCA.load(folder / "pca.safetensors")
     transform = open_clip.image_transform(32, is_train=False, resize_mode="squash")
-    reader = FeatureReader(folder, resolution=32, dim=8)
-    assert reader.grid == (2, 2)
+    reader = FeatureReader(folder)
+    assert (reader.grid, reader.manifest["dim"]) == ((2, 2), 8)
     for i in range(SHARDS):
         shard = images / f"{i:05d}.tar"
         assert keys(folder / shard.name) == keys(shard)
@@ -379,7 +379,7 @@ def test_features_of_other_settings_are_not_mixed(
 def test_fresh_starts_over(images: Path) -> None:
     folder = run(images)
     run(images, "--resolution", "48", "--fresh")
-    reader = FeatureReader(folder, resolution=48)
+    reader = FeatureReader(folder, least_resolution=48)
     assert reader.of(sample_of(images / "00001.tar", 7)).patches.shape == (9, 8)
 
 
@@ -418,7 +418,7 @@ def test_a_second_folder_shares_the_first_ones_pca(images: Path, tmp_path: Path)
 
 def test_without_pca_all_dimensions_are_kept(images: Path) -> None:
     folder = run(images, "--dim", "0")
-    reader = FeatureReader(folder, dim=24, pca_hash=None)
+    reader = FeatureReader(folder)
     assert reader.of(sample_of(images / "00000.tar", 3)).patches.shape == (4, 24)
     assert not (folder / "pca.safetensors").exists()
 
@@ -476,8 +476,11 @@ def test_ctrl_c_says_how_to_go_on(
     assert "run the same command" in capsys.readouterr().out
 
 
-def test_reader_after_shuffling_pickling_and_eviction(images: Path) -> None:
-    reader = FeatureReader(run(images), open_shards=1)
+def test_reader_after_shuffling_pickling_and_eviction(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "OPEN_SHARDS", 1)
+    reader = FeatureReader(run(images))
     shards = sorted(images.glob("*.tar"))
     samples = [s for shard in shards for s in read_shard(str(shard), Failures())]
     in_order = {s["__key__"]: reader.of(s).patches for s in samples}
@@ -493,21 +496,21 @@ def test_reader_refuses_what_it_was_not_promised(images: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json; run"):
         FeatureReader(images)
     folder = run(images)
-    with pytest.raises(UserError, match="'resolution': 32"):
-        FeatureReader(folder, resolution=224)
+    with pytest.raises(UserError, match="are of images at 32 pixels"):
+        FeatureReader(folder, least_resolution=224)
     reader = FeatureReader(folder)
     with pytest.raises(UserError, match=r"local image shards, but pipe:cat x\.tar is not there"):
         reader.check(["pipe:cat x.tar"])
     write_shard(images / "00007.tar", 42)
     with pytest.raises(UserError, match=r"no features of .*00007\.tar"):
-        reader.read(str(images / "00007.tar"), "000000042")
+        reader.of(sample_of(images / "00007.tar", 42))
     write_shard(images / "other/00000.tar", 0, lambda i: "cut")  # same name and keys
     with pytest.raises(UserError, match=r"00000\.tar does not belong.*images have changed"):
-        reader.read(str(images / "other/00000.tar"), "000000002")
+        reader.of(sample_of(images / "other/00000.tar", 2))
     stats = folder / "00002_stats.json"
     stats.write_text(json.dumps({**read_json(stats), "manifest": "of another run"}))
     with pytest.raises(UserError, match="other settings made it"):
-        reader.read(str(images / "00002.tar"), "000000012")
+        reader.of(sample_of(images / "00002.tar", 12))
 
 
 def test_sample_of_images_is_seeded_and_even(images: Path) -> None:

@@ -87,7 +87,7 @@ def extracted(shards: list[str], resolution: int, monkeypatch: pytest.MonkeyPatc
     out = Path(shards[0]).parent / f"features{resolution}"
     command = [*shards, "--resolution", str(resolution), "--dim", "0", "--device", "cpu"]
     assert extract_dinov3.main([*command, "--out", str(out)]) == 0
-    return FeatureReader(out, resolution=resolution)
+    return FeatureReader(out, least_resolution=resolution)
 
 
 @pytest.fixture

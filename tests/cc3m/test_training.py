@@ -18,7 +18,7 @@ from examples.cc3m.data.positions import Position, ShardOrder
 from examples.cc3m.loop import Trainer
 from examples.cc3m.settings import TrainSettings
 from examples.cc3m.step import MAX_SCALE, NotFinite, learning_rate, parameter_groups
-from examples.common.checkpoint import Checkpoints, load_tensors, save_tensors, whole_state
+from examples.common.checkpoint import Checkpoints, load_checkpoint, save_tensors, whole_state
 from examples.common.files import (
     SettingsChanged,
     UserError,
@@ -140,7 +140,8 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_tensors(Checkpoints(folder).paths()[-1])
+    found = load_checkpoint(Checkpoints(folder).paths()[-1])
+    return found.tensors, found.state
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, STEPS, STEPS + 1])
@@ -393,9 +394,9 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path) -> None:
 def test_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(3)}
     save_tensors(tmp_path / "file", tensors, {"x": 0.1 + 0.2})
-    loaded, state = load_tensors(tmp_path / "file")
-    assert torch.equal(loaded["a"], tensors["a"])
-    assert state == {"x": 0.1 + 0.2}
+    found = load_checkpoint(tmp_path / "file")
+    assert torch.equal(found.tensors["a"], tensors["a"])
+    assert found.state == {"x": 0.1 + 0.2}
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"checkpoint_steps": 0}])

@@ -71,7 +71,7 @@ def test_command(command: str, numbers: set[str], model: str, data: Path, tmp_pa
     measured = report["models"]["tiny"]
     assert numbers <= set(measured)
     assert all(math.isfinite(value) for value in measured.values())
-    assert "| tiny |" in (tmp_path / f"{command}.md").read_text()
+    assert " tiny |" in (tmp_path / f"{command}.md").read_text()
     with Image.open(tmp_path / f"{command}.png") as picture:
         assert picture.width > 300
     if command == "zero_shot":
@@ -96,10 +96,10 @@ def test_mistakes_are_told(model: str, data: Path, capsys: pytest.CaptureFixture
 def test_tables_have_a_dash_where_a_number_is_missing() -> None:
     table = Table("model", {"a": {"x": 0.5}, "b": {"y": math.nan}}, "Title", ["Note."])
     assert table.text().splitlines()[2:] == [
-        "| measure | a | b |",
-        "| --- | --- | --- |",
-        "| x | 0.5000 | - |",
-        "| y | - | - |",
+        "| measure |      a |   b |",
+        "| ------- | -----: | --: |",
+        "| x       | 0.5000 |   - |",
+        "| y       |      - |   - |",
         "",
         "Note.",
     ]

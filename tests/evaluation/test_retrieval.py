@@ -10,8 +10,7 @@ from torch import Tensor
 from examples.evaluation import retrieval as module
 from examples.evaluation.retrieval import (
     graded_agreement,
-    ranks_of_best_text,
-    ranks_of_own_image,
+    ranks_of_best_match,
     retrieval,
 )
 
@@ -52,8 +51,9 @@ def test_a_collapsed_model_ranks_last() -> None:
     v = F.normalize(torch.ones(6, 8), dim=1)
     t = F.normalize(torch.ones(12, 8) + 1e-8 * torch.randn(12, 8), dim=1)
     owner = torch.arange(6).repeat(2)
-    assert ranks_of_own_image(v, t, owner).tolist() == [6] * 12
-    assert ranks_of_best_text(v, t, owner).tolist() == [11] * 6  # its own two do not compete
+    assert ranks_of_best_match(t, v, owner, torch.arange(6)).tolist() == [6] * 12
+    ranks = ranks_of_best_match(v, t, torch.arange(6), owner)
+    assert ranks.tolist() == [11] * 6  # its own two do not compete
 
 
 def test_captions_and_images_must_fit() -> None:

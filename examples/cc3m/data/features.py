@@ -32,6 +32,8 @@ from examples.common.files import UserError, read_json, write_atomically, write_
 FORMAT = 2
 """Raise it whenever features of the same settings change."""
 MANIFEST = "manifest.json"
+OPEN_SHARDS = 8
+"""Shards that a reader keeps open."""
 
 
 class Features(NamedTuple):
@@ -94,14 +96,8 @@ class FeatureFolder:
         if not (self.shard(images).exists() and self.stats(images).exists()):
             return False
         stats = read_json(self.stats(images))
-        changed = [
-            what
-            for what, entry, value in (
-                ("other settings made it", "manifest", made_by),
-                ("the images have changed", "source", source_id(images)),
-            )
-            if stats[entry] != value
-        ]
+        changed = ["other settings made it"] * (stats["manifest"] != made_by)
+        changed += ["the images have changed"] * (stats["source"] != source_id(images))
         if changed:
             raise UserError(
                 f"{self.shard(images)} does not belong here ({', '.join(changed)}); remove it and "
@@ -110,10 +106,7 @@ class FeatureFolder:
         return True
 
     def write(
-        self,
-        images: str,
-        rows: Iterable[tuple[str, Tensor, Tensor]],
-        made_by: str,
+        self, images: str, rows: Iterable[tuple[str, Tensor, Tensor]], made_by: str
     ) -> dict[str, Any]:
         """Write the features of one image shard, atomically, as the manifest says; its stats.
 
@@ -152,30 +145,18 @@ class FeatureReader:
 
     Args:
         directory: a folder of features.
-        open_shards: shards kept open.
         least_resolution: pixels that the teacher saw of an image's side, at least: the model's, or
             as many times more as the recipe says.
-        expected: entries the manifest must have, for example resolution=224, dim=256.
 
     Raises:
-        UserError: no features there, or others than expected.
+        UserError: there are none, or of smaller images.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        open_shards: int = 8,
-        least_resolution: int = 0,
-        **expected: object,
-    ) -> None:
+    def __init__(self, directory: Path, *, least_resolution: int = 0) -> None:
         self.folder = FeatureFolder(directory)
         if not self.folder.manifest.exists():
             raise UserError(f"{directory} has no {MANIFEST}; run examples.cc3m.extract_dinov3")
         self.manifest: dict[str, Any] = read_json(self.folder.manifest)
-        wrong = {k: self.manifest.get(k) for k in expected if self.manifest.get(k) != expected[k]}
-        if wrong:
-            raise UserError(f"features in {directory} have {wrong}, but {expected} was expected")
         if self.manifest["format"] != FORMAT:
             raise UserError(
                 f"features in {directory} are of an older format, which shows the centre of images "
@@ -189,7 +170,6 @@ class FeatureReader:
             )
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])
         self._open: OrderedDict[str, _Shard] = OrderedDict()
-        self._open_shards = open_shards
 
     def grid_at(self, size: int) -> tuple[int, int]:
         """Return the teacher's grid of an image of size x size pixels."""
@@ -208,11 +188,7 @@ class FeatureReader:
             KeyError: there are none, because the image could not be read.
             UserError: the shard's features are missing.
         """
-        return self.read(sample["__url__"], sample["__key__"])
-
-    def read(self, images: str, key: str) -> Features:
-        """Features of sample `key` of an image shard; raises as `of`."""
-        shard = self._shard(images)
+        shard, key = self._shard(sample["__url__"]), sample["__key__"]
         dtype = self.manifest["dtype"]
         arrays = {suffix: shard.read(f"{key}.{suffix}") for suffix in suffixes(dtype)}
         return Features(unpack(arrays, dtype), torch.from_numpy(arrays[CLS]))
@@ -221,7 +197,7 @@ class FeatureReader:
         if images not in self._open:
             self.check([images])
             self._open[images] = _Shard(self.folder.shard(images))
-            if len(self._open) > self._open_shards:
+            if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(images)
         return self._open[images]
