@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that need not be here, and count what it costs there.
 
-One row a kernel and target (`tests/helpers/aot.py` makes them and knows the budgets). Exit code 1
-when a kernel has a fault.
+One row a kernel and target (`benchmarks/compiled/kernels.py` makes them and knows the budgets).
+Exit code 1 when a kernel has a fault.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.common.files import write_text
-from tests.helpers.aot import (
+from benchmarks.compiled.kernels import (
     Row,
     default_work,
     examine_all,
@@ -22,6 +21,7 @@ from tests.helpers.aot import (
     full_work,
     why_not_supported,
 )
+from examples.common.files import write_text
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -160,9 +160,9 @@ def compile_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterato
 
 def warm(case: Case) -> Row:
     """Compile every kernel of one case, launching none."""
+    from benchmarks.compiled.launches import lists, recorded
     from rankloss.kernels import high_order
     from rankloss.kernels.configurations import architecture
-    from tests.helpers.launches import lists, recorded
 
     row, start = Row("compile", case.name, case.scores, OURS), time.perf_counter()
     target = architecture(torch.device("cuda"))
@@ -224,8 +224,8 @@ def kernel_stage(device: "Device", sizes: Sizes, settings: Settings) -> Iterator
 
 def counted_slots(case: Case, target: str | None = None) -> dict[str, float | str]:
     """Slots a score of the streaming passes' interior loops, or why they cannot be counted."""
+    from benchmarks.compiled.kernels import DTYPES, PASSES_OF_LISTS, Cell, examine
     from rankloss.kernels.configurations import architecture
-    from tests.helpers.aot import DTYPES, PASSES_OF_LISTS, Cell, examine
 
     name = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     target = target or architecture(torch.device("cuda"))

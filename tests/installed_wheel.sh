@@ -21,7 +21,7 @@ pathlib.Path(sys.argv[1], "dependencies.pth").write_text(
     f"import sys; sys.path.append({str(other)!r})\n"
 )
 PY
-cp -r "$checkout/tests" "$checkout/pyproject.toml" "$work/"
+cp -r "$checkout/tests" "$checkout/benchmarks" "$checkout/pyproject.toml" "$work/"
 cd "$work"
 "$work/venv/bin/python" -c 'import rankloss; print("testing", rankloss.__file__)'
 "$work/venv/bin/python" -c "import rankloss, sys; sys.exit(not rankloss.__file__.startswith('$work'))"

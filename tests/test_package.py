@@ -1,6 +1,7 @@
 """The package as a whole: direction of imports, what is installed, importing and reporting."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -72,6 +73,14 @@ def test_no_module_imports_examples_or_benchmarks() -> None:
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_nothing_but_tests_imports_tests() -> None:
+    paths = [
+        path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    imports = re.compile(r"^ *(from|import) tests\b", re.MULTILINE)
+    assert not [path for path in paths if imports.search(path.read_text())]
 
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":

@@ -18,7 +18,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from benchmarks.study.store import command, load, result_file, run_and_save
 from examples.common.files import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+Work = tuple[Row, int, str, Path, PhotoFiles | None]
+"""Arguments of `run_and_save`."""
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 
@@ -138,35 +140,29 @@ def _run_rows(
         for row, seed in left.values():
             print(command(row, seed, scale, photos))
         return
-    bar = tqdm(total=len(left), unit="run", desc="study")
-    if options.jobs == 1:
-        for row, seed in left.values():
-            run_and_save(row, seed, options.scale, options.out, photos)
-            _tell(bar, row, seed, command(row, seed, scale, photos))
-    elif left:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
-            runs = {
-                pool.submit(run_and_save, row, seed, options.scale, options.out, photos): (
-                    row,
-                    seed,
-                )
-                for row, seed in left.values()
-            }
-            try:
-                for done in as_completed(runs):
-                    done.result()
-                    row, seed = runs[done]
-                    _tell(bar, row, seed, command(row, seed, scale, photos))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    bar.close()
+    work = [(row, seed, options.scale, options.out, photos) for row, seed in left.values()]
+    bar = tqdm(_done(work, options.jobs), total=len(work), unit="run", desc="study")
+    for row, seed, *_ in bar:
+        bar.write(f"{row.name}, seed {seed}; again: {command(row, seed, scale, photos)}")
 
 
-def _tell(bar: tqdm[None], row: Row, seed: int, again: str) -> None:
-    bar.update()
-    bar.write(f"{row.name}, seed {seed}; again: {again}")
+def _done(work: list[Work], jobs: int) -> Iterator[Work]:
+    """Run all of the work, and yield each piece when it is done."""
+    if jobs == 1:
+        for each in work:
+            run_and_save(*each)
+            yield each
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        runs = {pool.submit(run_and_save, *each): each for each in work}
+        try:
+            for done in as_completed(runs):
+                done.result()
+                yield runs[done]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.study.measures import Result
+from benchmarks.study.questions import METRIC_OF
 from benchmarks.study.rows import Row, all_rows
 from benchmarks.study.settings import Trained
 from examples.cc3m.recipe import load_recipe
@@ -17,8 +18,7 @@ SEEDS = 5
 PROCESSES = 8
 EXAMPLE = "cc3m/{00000..00331}.tar"
 NAMES = {
-    **{f"image_to_text_R@{k}": f"i2t_r{k}" for k in (1, 5, 10)},
-    **{f"text_to_image_R@{k}": f"t2i_r{k}" for k in (1, 5, 10)},
+    **METRIC_OF,
     **{name: name for name in ("modality_gap", "alignment", "uniformity")},
     "zeroshot-top1": "zs_mean",
 }

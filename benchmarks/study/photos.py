@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from benchmarks.study.data import Batch, second_view, to_bytes
+from benchmarks.study.questions import METRIC_OF
 from benchmarks.study.settings import Scale
 from examples.cc3m.recipe import build_tokenizer
 from examples.common.files import UserError
 from examples.common.images import normalise
 from examples.evaluation.gap import gap_measures
+from examples.evaluation.models import Pairs
 from examples.evaluation.retrieval import graded_agreement, retrieval
 from rankloss import DinoRankCLIP
 
@@ -90,44 +93,38 @@ def read_grades(path: Path, captions: dict[str, list[str]]) -> list[Grade]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
 class PhotoData:
     """Photographs in memory: those graded are held out, the others are trained on.
 
     Args:
-        train, held: (N, 3, S, S) bytes of both parts, S being the side before cropping.
+        train: (N, 3, S, S) bytes, S being the side before cropping.
+        held: (M, 3, s, s) bytes, the centres of the photographs that are held out.
         texts: for each training image the tokens of its captions, (C, L).
-        held_texts, image_of_text: (M, L) tokens of held-out captions, and the image of each (M,).
+        held_texts, image_of_text: (T, L) tokens of held-out captions, and the image of each (T,).
         graded: (G,) row of the image of each grade, (G, L) tokens of its caption, (G,) grade.
-        size: side of a crop in pixels.
     """
 
-    def __init__(
-        self,
-        train: Tensor,
-        held: Tensor,
-        texts: list[Tensor],
-        held_texts: Tensor,
-        image_of_text: Tensor,
-        graded: tuple[Tensor, Tensor, Tensor],
-        size: int,
-    ) -> None:
-        self.train, self.texts, self.size = train, texts, size
-        self.held_texts, self.image_of_text, self.graded = held_texts, image_of_text, graded
-        margin = (held.shape[-1] - size) // 2
-        self.held = held[:, :, margin : margin + size, margin : margin + size]
+    train: Tensor
+    held: Tensor
+    texts: list[Tensor]
+    held_texts: Tensor
+    image_of_text: Tensor
+    graded: tuple[Tensor, Tensor, Tensor]
 
     def __len__(self) -> int:
         return len(self.train)
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return random crops, half of them mirrored, each with one of its captions."""
-        places = self.train.shape[-1] - self.size + 1
+        size = self.held.shape[-1]
+        places = self.train.shape[-1] - size + 1
         x, y = torch.randint(0, places, (2, len(rows)), generator=generator).tolist()
         mirrored = (torch.rand(len(rows), generator=generator) < 0.5).tolist()
         drawn = torch.rand(2, len(rows), generator=generator).tolist()
         crops, texts, others = [], [], []
         for i, row in enumerate(rows.tolist()):
-            crop = self.train[row, :, y[i] : y[i] + self.size, x[i] : x[i] + self.size]
+            crop = self.train[row, :, y[i] : y[i] + size, x[i] : x[i] + size]
             crops.append(crop.flip(-1) if mirrored[i] else crop)
             known = self.texts[row]
             texts.append(known[int(drawn[0][i] * len(known))])
@@ -167,12 +164,11 @@ def load_photos(files: PhotoFiles, scale: Scale) -> PhotoData:
     owners = [i for i, name in enumerate(held) for _ in captions[name]]
     return PhotoData(
         _pixels(files.photos, train, side),
-        _pixels(files.photos, held, side),
+        center_crop(_pixels(files.photos, held, side), [size, size]),
         [tokenize(captions[name]) for name in train],
         tokenize([text for name in held for text in captions[name]]),
         torch.tensor(owners),
         graded,
-        size,
     )
 
 
@@ -206,10 +202,9 @@ def measure_photos(
         for part in (data.held_texts, tokens)
     )
     found = {
-        name.replace("image_to_text_R@", "i2t_r").replace("text_to_image_R@", "t2i_r"): value
+        METRIC_OF[name]: value
         for name, value in retrieval(images, texts, data.image_of_text).items()
     }
     found |= graded_agreement((images[rows] * graded).sum(1), values)
-    first = torch.tensor([data.image_of_text.tolist().index(i) for i in range(len(images))])
-    pairs = images, texts[first]
+    pairs = images, Pairs(images, texts, data.image_of_text).first_texts()
     return {**found, **gap_measures(*pairs)}, pairs

@@ -111,6 +111,12 @@ class Question:
         return list(dict.fromkeys(name for name in listed if name))
 
 
+METRIC_OF = {
+    f"{way}_R@{k}": f"{short}_r{k}"
+    for way, short in (("image_to_text", "i2t"), ("text_to_image", "t2i"))
+    for k in (1, 5, 10)
+}
+"""Retrieval by open_clip's names, as `examples.evaluation` has them -> metrics."""
 PLANTED_ORDERS, FITTED_ORDERS = (1, 2, 3), (1, 2, 3, 4)
 LISTS = (64, 256, 1024, 4096)
 ORDERS = tuple(f"order-{i}" for i in range(6))

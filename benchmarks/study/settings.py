@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from examples.cc3m.recipe import SMALL_CLIP, SMALL_STUDENT, Recipe, load_recipe
+from examples.common.tiny import TINY_CLIP, TINY_STUDENT
 from examples.demo.scene_shards import SceneSettings
-from tests.helpers.tiny import TINY_CLIP, TINY_STUDENT
 
 Objective = Literal["recipe", "two-captions", "alip", "two-views", "ito"]
 Teacher = Literal["self-distilled", "random", "none"]

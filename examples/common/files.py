@@ -124,8 +124,8 @@ def claim_directory(
         old = read_json(marker)
         changes = _differences(old, settings)
         if fresh and changes:
-            for file in _found(path, written):
-                file.unlink()
+            for found in _found(path, written):
+                found.unlink()
         elif changes.keys() - set(changeable):
             shown = [f"{k}: {a} -> {b}" for k, (a, b) in changes.items()][:5]
             told = ", ".join(shown + ["..."] * (len(changes) > 5))

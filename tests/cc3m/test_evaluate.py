@@ -22,12 +22,12 @@ from examples.cc3m.recipe import (
     load_recipe,
 )
 from examples.common.files import UserError
+from examples.common.tiny import TINY_CLIP
 from examples.evaluation.data import Classification
 from examples.evaluation.models import Model
 from examples.evaluation.reading import Reading, Stopped
 from examples.evaluation.zero_shot import zero_shot
 from rankloss import DinoRankCLIP
-from tests.helpers.tiny import TINY_CLIP
 
 
 def pairs(n: int, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from examples.cc3m.evaluation import Evaluator
 from examples.cc3m.recipe import build_tokenizer, build_transform, load_recipe
 from examples.cc3m.settings import EvaluationSettings, RunSettings
 from examples.common.parallel import Parallel
+from examples.common.tiny import TINY_CLIP
 from tests.helpers.shards import write_classes, write_pairs
-from tests.helpers.tiny import TINY_CLIP
 
 
 def evaluator(settings: EvaluationSettings) -> Evaluator:

@@ -24,8 +24,8 @@ from examples.cc3m.train import Run
 from examples.common.files import UserError, write_json
 from examples.common.images import CentreCrop, Crop, RandomCrop, cut_grid
 from examples.common.parallel import Parallel
+from examples.common.tiny import TINY_CLIP
 from rankloss.fusion import TeacherFeatures
-from tests.helpers.tiny import TINY_CLIP
 
 PATCH, SIDE, PER_SHARD, SHARDS = 16, 48, 6, 2
 

@@ -13,8 +13,8 @@ from examples.cc3m.recipe import build_towers, load_recipe
 from examples.cc3m.settings import RunSettings, TrainSettings
 from examples.common.files import UserError
 from examples.common.parallel import Parallel
+from examples.common.tiny import TINY_CLIP
 from rankloss import DinoRankCLIP
-from tests.helpers.tiny import TINY_CLIP
 
 
 def towers() -> DinoRankCLIP:

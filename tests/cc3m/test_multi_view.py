@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 from examples.cc3m import recipe, train
 from examples.cc3m.multi_view import MultiViewCLIP
 from examples.common.checkpoint import Checkpoints
+from examples.common.tiny import TINY_CLIP
 from rankloss import ClipLoss, DinoRankCLIP
 from tests.helpers.shards import COLOURS, jpeg
-from tests.helpers.tiny import TINY_CLIP
 
 VIT: dict[str, Any] = {
     "embed_dim": 32,

@@ -20,12 +20,12 @@ from examples.cc3m.recipe import (
     recipe_names,
 )
 from examples.common.files import UserError
+from examples.common.tiny import TINY_CLIP, TINY_STUDENT
 from rankloss import ClipLoss, CyCLIPLoss, HighOrderPLLoss, RankCLIPLoss, SigLipLoss
 from rankloss.distillation import PatchDistillation
 from rankloss.fusion import FUSION_VARIANTS
 from rankloss.parts import LOSSES
 from tests.helpers.features import features
-from tests.helpers.tiny import TINY_CLIP, TINY_STUDENT
 
 THIRD = {"HighOrderPLLoss": {"order": 3}}
 

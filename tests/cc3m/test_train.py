@@ -26,10 +26,10 @@ from examples.common.checkpoint import Checkpoint, Checkpoints
 from examples.common.files import UserError
 from examples.common.parallel import Parallel
 from examples.common.signals import StopRequest
+from examples.common.tiny import TINY_CLIP
 from rankloss import DinoRankCLIP
 from tests.helpers.programs import Programs, Running
 from tests.helpers.shards import write_classes, write_pairs
-from tests.helpers.tiny import TINY_CLIP
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -44,7 +44,7 @@ import os, signal
 from examples.cc3m import recipe
 from examples.cc3m.loop import Trainer
 from examples.cc3m import train
-from tests.helpers import tiny
+from examples.common import tiny
 recipe.SMALL_CLIP.update(tiny.TINY_CLIP)
 if "CURVES" not in os.environ:
     train.save_curves = lambda *_: None

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import aot
-from tests.helpers.aot import Row, faults
-from tests.helpers.binaries import SHARED_LIMITS, count_spills, innermost_loops, narrow_products
+from benchmarks.compiled import kernels as aot
+from benchmarks.compiled.binaries import (
+    SHARED_LIMITS,
+    count_spills,
+    innermost_loops,
+    narrow_products,
+)
+from benchmarks.compiled.kernels import Row, faults
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs Triton")
 
@@ -89,7 +94,7 @@ def test_both_passes_together(rows: Rows) -> None:
 MUTANTS = r"""
 import importlib.util, json, sys
 from pathlib import Path
-from tests.helpers.aot import Cell, examine, faults
+from benchmarks.compiled.kernels import Cell, examine, faults
 from rankloss.kernels import high_order
 from rankloss.kernels.configurations import Plan, Tile
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.compiled.launches import Launch, recorded
 from rankloss import HighOrderPLLoss, TransitionHeads
 from rankloss.kernels import (
     IMPLEMENTATIONS,
@@ -25,7 +26,6 @@ from rankloss.kernels import (
     why_not,
 )
 from rankloss.kernels.configurations import Plan, Tile, plan_for, using
-from tests.helpers.launches import Launch, recorded
 from tests.helpers.problems import make_problem
 from tests.helpers.triton_cases import (
     DEVICE,

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.compiled.binaries import SHARED_LIMITS, Binary, read
+from benchmarks.compiled.launches import Launch, lists, recorded
 from rankloss.kernels.dispatch import OLDEST_TRITON
-from tests.helpers.binaries import SHARED_LIMITS, Binary, read
-from tests.helpers.launches import Launch, lists, recorded
 
 if TYPE_CHECKING:
     from rankloss.kernels.configurations import Plan
