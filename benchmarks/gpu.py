@@ -7,6 +7,7 @@ kernels are kept in DIR/cache. DIR/gpu.md is made anew from all files after ever
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,7 @@ from benchmarks.suite import Contender, Settings, check, contend, run_case
 from benchmarks.targets import gpu_targets
 from benchmarks.worker import Inline, Worker
 from examples.common.files import write_text
+from examples.common.reports import rounded
 
 if TYPE_CHECKING:
     from benchmarks.device import Ceilings, Device
@@ -311,13 +313,7 @@ def _outcome(row: Row) -> str:
         "first call s": row.first_call_s,
         **row.figures,
     }
-    told = (f"{name} {_text(x)}" for name, x in figures.items() if x not in (None, []))
+    told = (
+        f"{name} {json.dumps(rounded(x, 3))}" for name, x in figures.items() if x not in (None, [])
+    )
     return "; ".join([f"{row.status} {row.detail}".strip(), *told])
-
-
-def _text(figure: Any) -> str:
-    if isinstance(figure, dict):
-        return ", ".join(f"{name} {_text(x)}" for name, x in figure.items())
-    if isinstance(figure, list):
-        return ", ".join(map(_text, figure))
-    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)

@@ -1,12 +1,12 @@
 """Rows of results: one for each provider at each case, and the file they are kept in."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.measure import Spread, paired_ratios, spread
+from examples.common.reports import json_text, rounded
 
 VERSION = 2
 
@@ -59,11 +59,11 @@ def find(rows: Sequence[Row], case: str, provider: str) -> Row | None:
 
 def to_json(machine: dict[str, Any], rows: Sequence[Row], targets: Sequence[Any]) -> str:
     """One line for each row, all samples in it, of six digits; empty fields are left out."""
-    lines = [json.dumps({"version": VERSION, "machine": machine})[1:-1]]
-    for name, items in (("rows", rows), ("targets", targets)):
-        dumped = [json.dumps(_compact(asdict(item)), allow_nan=False) for item in items]
-        lines.append(f'"{name}": [\n' + ",\n".join(dumped) + "\n]")
-    return "{" + ",\n".join(lines) + "}\n"
+    listed = {
+        name: [_compact(asdict(item)) for item in items]
+        for name, items in (("rows", rows), ("targets", targets))
+    }
+    return json_text({"version": VERSION, "machine": machine, **listed}, "rows", "targets")
 
 
 def from_json(text: str) -> tuple[dict[str, Any], list[Row]]:
@@ -75,12 +75,4 @@ def from_json(text: str) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _compact(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _rounded(x) for name, x in fields.items() if x not in (None, "", [], {})}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+    return {name: rounded(x, 6) for name, x in fields.items() if x not in (None, "", [], {})}

@@ -8,6 +8,8 @@
     python -m benchmarks.study --photos FOLDER --captions FILE --grades FILE
     python -m benchmarks.study --scale cc3m --data 'cc3m/{00000..00331}.tar' [--launch | --report]
 
+Further options of --scale cc3m go to the training script, such as --evaluation.pairs.
+
 Each run is one file under <out>/rows; what is there is not run again, so a study that was stopped
 goes on with the same command. Runs share nothing: --jobs of them run side by side, one thread each.
 """
@@ -76,10 +78,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=Path, metavar=text.upper(), help=f"Flickr8k's {name}")
     add("--data", help="CC3M's shards, for --scale cc3m")
     add("--features", type=Path, help="the teacher's features of them")
-    for name in ("pairs", "images"):
-        add(f"--{name}", help=f"what the training script takes as --evaluation.{name}")
     add("--launch", action="store_true", help="run the commands of --scale cc3m in turn")
-    options = parser.parse_args(arguments)
+    options, passed_on = parser.parse_known_args(arguments)
+    options.passed_on = passed_on
+    if options.passed_on and options.scale != "cc3m":
+        parser.error(f"there is no {options.passed_on[0]} but for --scale cc3m")
     stem = "study_cc3m" if options.scale == "cc3m" else "study"
     options.results = options.results or RESULTS / f"{stem}.json"
     options.page = options.page or PAGES / f"{stem}.md"
@@ -96,11 +99,7 @@ def _cc3m(options: argparse.Namespace) -> int:
     if options.report:
         write_study(cc3m.results(options.out), None, options.results, options.page)
         return 0
-    extra = []
-    for option in ("pairs", "images"):
-        value = getattr(options, option)
-        extra += [f"--evaluation.{option}", value] if value else []
-    data, features = options.data, options.features
+    data, features, extra = options.data, options.features, options.passed_on
     return cc3m.main(data, features, options.out, extra, launch=options.launch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,9 +17,11 @@ from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, TEST, Questio
 from benchmarks.study.rows import Row
 from benchmarks.study.settings import Scale, Trained
 from benchmarks.study.store import COMPUTED_BY, described
-from examples.common.reports import versions
+from examples.common.reports import rounded, versions
 
-RESAMPLES, LEVEL, DIGITS = 10_000, 0.95, 6
+RESAMPLES, LEVEL = 10_000, 0.95
+DIGITS = 6
+"""Significant digits of numbers in the JSON."""
 Summary = dict[str, Any]
 
 
@@ -42,7 +45,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
         found |= {"low": float(drawn.low), "high": float(drawn.high)}
         wide = stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
         found |= {"t_low": mean - float(wide), "t_high": mean + float(wide)}
-    return {"n": len(values), **{name: rounded(value) for name, value in found.items()}}
+    return {"n": len(values), **rounded(found, DIGITS)}
 
 
 def differs(found: dict[str, float]) -> bool:
@@ -51,11 +54,6 @@ def differs(found: dict[str, float]) -> bool:
         return False
     ends = [(found["low"], found["high"]), (found["t_low"], found["t_high"])]
     return all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends)
-
-
-def rounded(value: float) -> float:
-    """Return the value as the JSON holds it, to six significant digits."""
-    return float(f"{value:.{DIGITS}g}")
 
 
 def summarise(
@@ -96,10 +94,13 @@ def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
     results = {seed: {**x, "measures": _with_offsets(x)} for seed, x in results.items()}
     seeds = sorted(results)
     first = results[seeds[0]]
-    names = [x for x in first["measures"] if all(x in results[s]["measures"] for s in seeds)]
-    measures = {x: [rounded(results[s]["measures"][x]) for s in seeds] for x in names}
+    by_seed = [results[seed]["measures"] for seed in seeds]
+    found = {x: [each.get(x, math.nan) for each in by_seed] for x in first["measures"]}
+    measures = {
+        x: rounded(values, DIGITS) for x, values in found.items() if np.isfinite(values).all()
+    }
     cost = {
-        name: rounded(float(np.median([results[s]["cost"][name] for s in seeds])))
+        name: rounded(float(np.median([results[s]["cost"][name] for s in seeds])), DIGITS)
         for name in first["cost"]
     }
     told: Summary = {"seeds": seeds, "measures": measures, "cost": cost}
@@ -110,7 +111,7 @@ def _row(results: dict[int, Result], row: Row, scale: Scale | None) -> Summary:
     curves = first["curves"]
     if row.stage not in ("main", "photographs"):
         curves = {}
-    return {**told, "curves": _shortened(curves)}
+    return {**told, "curves": rounded(curves, 4)}
 
 
 def _with_offsets(result: Result) -> dict[str, float]:
@@ -120,14 +121,6 @@ def _with_offsets(result: Result) -> dict[str, float]:
         f"{name}_offset": offset_share(tables[name]) for name in ("beta", "gamma") if name in tables
     }
     return {**result["measures"], **shares}
-
-
-def _shortened(told: Any) -> Any:
-    if isinstance(told, dict):
-        return {key: _shortened(value) for key, value in told.items()}
-    if isinstance(told, list):
-        return [_shortened(x) for x in told]
-    return float(f"{told:.4g}") if isinstance(told, float) else told
 
 
 def _question(question: Question, rows: dict[str, Summary]) -> Summary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from benchmarks.study.questions import FEWEST, METRICS, QUESTIONS, Metric, Quest
 from benchmarks.study.rows import all_rows
 from benchmarks.study.settings import Scale
 from examples.common.files import read_json, write_text
-from examples.common.reports import markdown_table
+from examples.common.reports import json_text, markdown_table
 
 OPENING = """# The study: does it help, and where?
 
@@ -32,25 +31,11 @@ def write_study(
     results: dict[str, dict[int, Result]], scale: Scale | None, file: Path, page: Path
 ) -> None:
     """Write JSON, pictures and page of the results that are there."""
-    write_text(file, json_text(summarise(results, all_rows(), scale)))
+    write_text(file, json_text(summarise(results, all_rows(), scale), "rows", "questions"))
     told = read_json(file)
     folder = Path("pictures", page.stem)
     captions = draw_figures(told, page.parent / folder)
     write_text(page, report(told, captions, folder))
-
-
-def json_text(told: Summary) -> str:
-    """Return JSON with a line for each row and each question."""
-    parts = []
-    for name, value in told.items():
-        text = json.dumps(value)
-        if name == "rows":
-            lines = (f"{json.dumps(row)}: {json.dumps(each)}" for row, each in value.items())
-            text = "{\n" + ",\n".join(lines) + "\n}"
-        elif name == "questions":
-            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
-        parts.append(f"{json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def report(told: Summary, captions: dict[str, str], folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from examples.evaluation.retrieval import retrieval
 from examples.evaluation.zero_shot import zero_shot
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Measure a model on data that it was not trained on.
 
@@ -34,26 +36,24 @@ class Evaluator:
         UserError: the data are not there.
     """
 
-    def __init__(
-        self,
-        settings: EvaluationSettings,
-        transform: Callable[[Image.Image], Tensor],
-        tokenize: Callable[[list[str]], Tensor],
-        parallel: Parallel,
-        precision: Precision = "fp32",
-        workers: int = 0,
-    ) -> None:
-        self.settings, self.parallel, self.precision = settings, parallel, precision
-        self.transform, self.tokenize, self.workers = transform, tokenize, workers
+    settings: EvaluationSettings
+    transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    parallel: Parallel
+    precision: Precision = "fp32"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        settings = self.settings
         self.pairs: Captioned | None = None
         self.classes: Classification | None = None
         if settings.pairs is not None:
             try:
-                self.pairs = Captioned(settings.pairs, transform, tokenize)
+                self.pairs = Captioned(settings.pairs, self.transform, self.tokenize)
             except UserError as error:
                 raise UserError(f"--evaluation.pairs: {error}") from error
         if settings.images is not None:
-            self.classes = Classification(settings.images, settings.classes, transform)
+            self.classes = Classification(settings.images, settings.classes, self.transform)
 
     def missing(self) -> list[str]:
         """Name what will not be measured, and the option that would change it."""

@@ -34,6 +34,8 @@ SMALLEST_SIDE = 2
 """Pixels; web pages count their readers with images of one."""
 MOST_PIXELS = 25_000_000
 """Pixels of an image; decoding one takes up to 12 bytes for each."""
+RATIO = [3 / 4, 4 / 3]
+"""Smallest and largest width / height of a random crop."""
 ORIENTATION, FIRST_ON_ITS_SIDE = 0x0112, 5
 """EXIF's tag, and the first of its values that swap width and height."""
 
@@ -79,17 +81,14 @@ class RandomCrop:
     Args:
         size: pixels of a view's side.
         scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height.
     """
 
     size: int
     scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def box(self, width: int, height: int) -> Pixels:
         shape = torch.empty(1, height, width, device="meta")
-        chosen = RandomResizedCrop.get_params(shape, list(self.scale), list(self.ratio))
-        top, left, rows, columns = chosen
+        top, left, rows, columns = RandomResizedCrop.get_params(shape, list(self.scale), RATIO)
         return left, top, left + columns, top + rows
 
     def needed(self, box: Pixels) -> tuple[float, float] | None:
@@ -155,19 +154,18 @@ def views(
     ]
 
 
-def decode_image(sample: dict[str, Any], failures: Failures | None = None) -> Image.Image:
+def decode_image(sample: dict[str, Any]) -> Image.Image:
     """Decode the image to RGB: transparent becomes white, 16 bits a channel become 8.
 
     It is turned as its EXIF says. Format and size are looked at before anything is decoded.
 
     Args:
         sample: one that `read_shard` gave.
-        failures: counts what was repaired.
 
     Raises:
         SampleError: there is none, or it cannot be used.
     """
-    return _decoded(_opened(sample), sample, failures)
+    return _decoded(_opened(sample), sample)
 
 
 def normalise(
@@ -230,7 +228,9 @@ def _opened(sample: dict[str, Any]) -> Image.Image:
     return image
 
 
-def _decoded(image: Image.Image, sample: dict[str, Any], failures: Failures | None) -> Image.Image:
+def _decoded(
+    image: Image.Image, sample: dict[str, Any], failures: Failures | None = None
+) -> Image.Image:
     """Decode an image of which the header was read: upright, RGB."""
     with _reading(sample):
         image.load()

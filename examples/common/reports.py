@@ -1,8 +1,10 @@
-"""Parts that reports share: tables in Markdown, pictures, and versions of what made the numbers."""
+"""Parts that reports share: tables in Markdown, pictures, JSON, and versions of what made it."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,3 +45,28 @@ def versions(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Return JSON-able data, its floats at so many significant digits; None if not finite."""
+    if isinstance(value, dict):
+        return {key: rounded(each, digits) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each, digits) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+
+def json_text(data: dict[str, Any], *by_line: str) -> str:
+    """Return JSON with a line for each entry, and for each of the lists and dicts `by_line`."""
+    parts = []
+    for name, value in data.items():
+        text = json.dumps(value, allow_nan=False)
+        if name in by_line and isinstance(value, dict):
+            entries = (json.dumps({key: each})[1:-1] for key, each in value.items())
+            text = "{\n" + ",\n".join(entries) + "\n}"
+        elif name in by_line:
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -40,9 +40,7 @@ def knn(train: Labelled, test: Labelled, k: int = 20, temperature: float = 0.07)
     return float(model.score(test.features, test.labels))
 
 
-def linear_probe(
-    train: Labelled, test: Labelled, *, seed: int = 0, max_iter: int = 1000
-) -> dict[str, float]:
+def linear_probe(train: Labelled, test: Labelled, *, max_iter: int = 1000) -> dict[str, float]:
     """Logistic regression by L-BFGS, its strength chosen on a fifth of the training images.
 
     The inverse strength C is searched as in CLIP (Radford et al. 2021, appendix A.3): seven powers
@@ -52,7 +50,6 @@ def linear_probe(
     Args:
         train, test: frozen features as they come; they are scaled by one number, so that their
             mean square is 1 (which C makes up for otherwise).
-        seed: decides the split.
         max_iter: iterations of L-BFGS; a probe that stops there is reported, see "converged".
 
     Returns:
@@ -60,7 +57,7 @@ def linear_probe(
     """
     scale = float(np.sqrt(np.mean(np.square(train.features, dtype=np.float64)))) or 1.0
     train, test = (Labelled(x.features / scale, x.labels) for x in (train, test))
-    parts = train_test_split(*train, test_size=0.2, random_state=seed, stratify=_strata(train))
+    parts = train_test_split(*train, test_size=0.2, random_state=0, stratify=_strata(train))
     fit_x, held_x, fit_y, held_y = parts
 
     def held_accuracy(log_c: float) -> float:

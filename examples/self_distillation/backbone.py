@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HIDDEN, BOTTLENECK = 256, 64
+"""Widths of a head's MLP."""
+
 
 class Tokens(NamedTuple):
     """Normalised tokens of the last layer: cls (B, D) and patches (B, h w, D)."""
@@ -58,20 +61,19 @@ class Head(nn.Module):
 
     Args:
         dim: width of the tokens.
-        hidden, bottleneck: widths of the MLP.
         prototypes: K.
     """
 
-    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, dim: int, prototypes: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden),
+            nn.Linear(dim, HIDDEN),
             nn.GELU(),
-            nn.Linear(hidden, hidden),
+            nn.Linear(HIDDEN, HIDDEN),
             nn.GELU(),
-            nn.Linear(hidden, bottleneck),
+            nn.Linear(HIDDEN, BOTTLENECK),
         )
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, BOTTLENECK))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., D) -> (..., K) in [-1, 1]."""
@@ -80,17 +82,10 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """A backbone, a head for CLS tokens and one for patches."""
+    """A backbone, a head for CLS tokens and one for patches; arguments of both."""
 
-    def __init__(
-        self,
-        name: str,
-        options: dict[str, Any],
-        hidden: int = 256,
-        bottleneck: int = 64,
-        prototypes: int = 512,
-    ) -> None:
+    def __init__(self, name: str, options: dict[str, Any], prototypes: int) -> None:
         super().__init__()
         self.backbone = Backbone(name, options)
-        self.cls_head = Head(self.backbone.dim, hidden, bottleneck, prototypes)
-        self.patch_head = Head(self.backbone.dim, hidden, bottleneck, prototypes)
+        self.cls_head = Head(self.backbone.dim, prototypes)
+        self.patch_head = Head(self.backbone.dim, prototypes)

@@ -9,6 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GLOBAL_AREA, LOCAL_AREA = (0.5, 1.0), (0.15, 0.5)
+"""Least and largest share of the image that a crop covers."""
+JITTER = 0.4
+"""Change of contrast, as a share; brightness: twice that, in standard deviations."""
+
 
 class Views(NamedTuple):
     """Crops of B images.
@@ -31,9 +36,6 @@ def sample_views(
     local_size: int,
     locals_: int,
     with_high: bool = False,
-    global_area: tuple[float, float] = (0.5, 1.0),
-    local_area: tuple[float, float] = (0.15, 0.5),
-    jitter: float = 0.4,
 ) -> Views:
     """Draw views by torch's global generator.
 
@@ -45,19 +47,17 @@ def sample_views(
         global_size, local_size: side of the crops in pixels.
         locals_: V, local crops of each image.
         with_high: whether global crops are wanted at twice the resolution too.
-        global_area, local_area: least and largest share of the image that a crop covers.
-        jitter: change of contrast, as a share; brightness: twice that, in standard deviations.
     """
     large, high, small = [], [], []
     for _ in range(2):
-        region = sample_regions(len(images), global_area)
-        brightness, contrast = _sample_jitter(len(images), jitter)
+        region = sample_regions(len(images), GLOBAL_AREA)
+        brightness, contrast = _sample_jitter(len(images))
         large.append(recolour(crop(images, region, global_size), brightness, contrast))
         if with_high:
             high.append(recolour(crop(images, region, 2 * global_size), brightness, contrast))
     for _ in range(locals_):
-        cropped = crop(images, sample_regions(len(images), local_area), local_size)
-        small.append(recolour(cropped, *_sample_jitter(len(images), jitter)))
+        cropped = crop(images, sample_regions(len(images), LOCAL_AREA), local_size)
+        small.append(recolour(cropped, *_sample_jitter(len(images))))
     return Views(torch.stack(large), torch.stack(high) if with_high else None, torch.stack(small))
 
 
@@ -89,6 +89,6 @@ def recolour(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     return shifted + (images - mean) * contrast[:, None, None, None]
 
 
-def _sample_jitter(count: int, share: float) -> tuple[Tensor, Tensor]:
-    brightness = torch.empty(count).uniform_(-2 * share, 2 * share)
-    return brightness, torch.empty(count).uniform_(1 - share, 1 + share)
+def _sample_jitter(count: int) -> tuple[Tensor, Tensor]:
+    brightness = torch.empty(count).uniform_(-2 * JITTER, 2 * JITTER)
+    return brightness, torch.empty(count).uniform_(1 - JITTER, 1 + JITTER)

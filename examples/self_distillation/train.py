@@ -131,9 +131,9 @@ def build_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Opti
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
-def block_means(values: list[float], block: int = 50) -> list[float]:
-    """Means of successive blocks, the last one perhaps shorter."""
-    blocks = [values[i : i + block] for i in range(0, len(values), block)]
+def block_means(values: list[float]) -> list[float]:
+    """Means of successive blocks of 50, the last one perhaps shorter."""
+    blocks = [values[i : i + 50] for i in range(0, len(values), 50)]
     return [round(sum(x) / len(x), 4) for x in blocks]
 
 

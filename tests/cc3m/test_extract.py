@@ -26,7 +26,7 @@ import webdataset as wds
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.cc3m import gram_fidelity
+from benchmarks import gram_fidelity
 from examples.cc3m.data import features, teacher
 from examples.cc3m.data.features import FeatureReader
 from examples.cc3m.data.quantised import bytes_of_image, pack, to_half, unpack

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.cc3m import reading_speed
+from benchmarks import reading_speed
 from examples.common.images import CentreCrop, Pixels, RandomCrop, View, normalise, views
 from examples.common.shards import SampleError, decode_caption
 

@@ -103,7 +103,7 @@ def test_gradients_reach_the_mask_token_of_the_network_itself() -> None:
 
 
 def test_heads_give_cosines() -> None:
-    logits = Head(8, 16, 4, 6)(torch.randn(5, 8))
+    logits = Head(8, 6)(torch.randn(5, 8))
     assert logits.shape == (5, 6)
     assert logits.abs().max() <= 1 + 1e-6
 

@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +45,12 @@ FREE_FAILURES = 20
 """Broken samples that are never reason enough to stop."""
 
 
+@dataclass(eq=False)
 class ShardLoader:
     """Epochs of batches.
 
     Args:
-        shards: a spec for `expand_shards`.
+        spec: shards, as `expand_shards` takes them.
         crop: chooses and shows a part of each image, for example `images.RandomCrop(224)`.
         tokenize: list of captions -> (B, L) int64, for example open_clip's tokenizer.
         batch_size: B; what is left of a stream at the end of an epoch is dropped when shuffling,
@@ -76,50 +77,47 @@ class ShardLoader:
         UserError: a shard has no features.
     """
 
-    def __init__(
-        self,
-        shards: str | Sequence[str],
-        crop: Crop,
-        tokenize: Callable[[list[str]], Tensor],
-        batch_size: int,
-        *,
-        views: int = 1,
-        captions: Sequence[str] = ("txt",),
-        shuffle: int = 0,
-        seed: int = 0,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        features: FeatureReader | None = None,
-        grid: Grid | None = None,
-        resample: bool = False,
-        max_broken: float = 0.01,
-        prefetch: int = 2,
-        timeout: float = 0.0,
-    ) -> None:
-        self.shards = expand_shards(shards)
-        self.crop, self.tokenize, self.batch_size = crop, tokenize, batch_size
-        self.views, self.captions = views, tuple(captions)
-        self.shuffle, self.seed, self.workers = shuffle, seed, workers
-        self.rank, self.world_size, self.resample = rank, world_size, resample
-        self.features, self.grid = features, grid
-        self.max_broken, self.prefetch, self.timeout = max_broken, prefetch, timeout
-        self.streams = max(workers, 1)
-        self.order = ShardOrder(len(self.shards), seed, shuffle > 0)
+    spec: InitVar[str | Sequence[str]]
+    crop: Crop
+    tokenize: Callable[[list[str]], Tensor]
+    batch_size: int
+    _: KW_ONLY
+    views: int = 1
+    captions: Sequence[str] = ("txt",)
+    shuffle: int = 0
+    seed: int = 0
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    features: FeatureReader | None = None
+    grid: Grid | None = None
+    resample: bool = False
+    max_broken: float = 0.01
+    prefetch: int = 2
+    timeout: float = 0.0
+
+    def __post_init__(self, spec: str | Sequence[str]) -> None:
+        self.shards = expand_shards(spec)
+        self.streams = max(self.workers, 1)
+        self.order = ShardOrder(len(self.shards), self.seed, self.shuffle > 0)
         self.read, self.faults = 0, Counter[str]()
         self.images, self.cpu_seconds = 0, 0.0
-        if len(self.shards) < world_size * self.streams and not resample:
+        if len(self.shards) < self.world_size * self.streams and not self.resample:
             raise ValueError(
-                f"{len(self.shards)} shards cannot feed {world_size} processes of {self.streams} "
-                "workers; use fewer workers"
+                f"{len(self.shards)} shards cannot feed {self.world_size} processes of "
+                f"{self.streams} workers; use fewer workers"
             )
-        if views < 1 or not self.captions:
-            raise ValueError(f"a sample has a view and a caption at least, got {views}, {captions}")
-        if features is not None:
-            if views > 1:
-                raise ValueError(f"features are cut like one view of an image, got {views} views")
-            self.grid = grid or features.grid
-            features.check(self.shards)
+        if self.views < 1 or not self.captions:
+            raise ValueError(
+                f"a sample has a view and a caption at least, got {self.views}, {self.captions}"
+            )
+        if self.features is not None:
+            if self.views > 1:
+                raise ValueError(
+                    f"features are cut like one view of an image, got {self.views} views"
+                )
+            self.grid = self.grid or self.features.grid
+            self.features.check(self.shards)
 
     @property
     def broken(self) -> int:

@@ -2,7 +2,7 @@
 
 A token x is kept as numbers q of one byte and a float16 scale s with x = s q, s = max |x| divided
 by the largest number of the type: int8 divides a token's range evenly, float8 (e4m3) keeps about
-four significant bits of every number. `examples.cc3m.gram_fidelity` measures what either loses.
+four significant bits of every number. `benchmarks.gram_fidelity` measures what either loses.
 """
 
 from __future__ import annotations

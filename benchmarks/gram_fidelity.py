@@ -1,7 +1,7 @@
 """Loss of fidelity of the Gram matrices of a teacher's patches, by dimensions and numbers kept.
 
-    python -m examples.cc3m.gram_fidelity 'data/cc3m/{00000..00007}.tar'
-    python -m examples.cc3m.gram_fidelity ... --dims 0 256 64 --images 256 --report fidelity.json
+    python -m benchmarks.gram_fidelity 'data/cc3m/{00000..00007}.tar'
+    python -m benchmarks.gram_fidelity ... --dims 0 256 64 --images 256 --report fidelity.json
 
 Takes the options of `examples.cc3m.extract_dinov3` that say which teacher. The projections are
 fitted to one half of a random sample of images, the other half is measured against the teacher's

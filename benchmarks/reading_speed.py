@@ -1,6 +1,6 @@
 """Images that a CPU core reads in a second, beside open_clip's transform of the whole image.
 
-    python -m examples.cc3m.reading_speed --sides 256 500 1024
+    python -m benchmarks.reading_speed --sides 256 500 1024
 
 Two photographs (scikit-learn's) as JPEG of quality 90, their shorter side as told, become a batch:
 of float32 by open_clip's transform for training, and of uint8 as the script's loader makes it.
