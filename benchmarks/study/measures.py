@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.study.data import scene_data
+from benchmarks.study.data import Scenes, scene_data
 from benchmarks.study.learnt import gates, likelihood, slices
 from benchmarks.study.photos import PhotoFiles, load_photos, measure_photos
 from benchmarks.study.planted import measure_planted
@@ -42,35 +42,38 @@ def run(
     if isinstance(settings, Planted):
         return {"measures": measure_planted(settings, seed), "cost": {}, "curves": {}}
     if settings.photos:
-        return _run_photos(settings, seed, scale, photos)
-    data = scene_data(settings, scale, seed, folder)
-    towers, cost = train(settings, scale, data.train, seed)
-    features = encode_splits(towers, data.heldout, data.probe, data.tokenize)
+        if photos is None:
+            raise ValueError(
+                "this row trains on photographs: give --photos FOLDER --captions FILE --grades FILE"
+            )
+        pictures = load_photos(photos, scale)
+        towers, cost = train(settings, scale, pictures, seed)
+        found, pairs = measure_photos(towers, pictures)
+        told: dict[str, Any] = {}
+    else:
+        scenes = scene_data(settings, scale, seed, folder)
+        towers, cost = train(settings, scale, scenes.train, seed)
+        found, pairs, told = _measure_scenes(towers, scenes, scale)
+    heads = transition_heads(towers)
+    losses, curves = likelihood(*pairs, logit_scale(towers), heads, settings.batch)
+    return {"measures": found | losses, "cost": asdict(cost), "curves": {**curves, **told}}
+
+
+def _measure_scenes(
+    towers: DinoRankCLIP, scenes: Scenes, scale: Scale
+) -> tuple[dict[str, float], tuple[Tensor, Tensor], dict[str, Any]]:
+    """Return measures on held-out scenes, embeddings of the pairs (N, D), and curves."""
+    features = encode_splits(towers, scenes.heldout, scenes.probe, scenes.tokenize)
     pairs = features["heldout_images"], features["heldout_texts"]
-    outcomes = measure(features, data.heldout.scenes, data.probe.scenes)
+    outcomes = measure(features, scenes.heldout.scenes, scenes.probe.scenes)
     found = {name: float(x.double().mean()) for name, x in outcomes.items() if name != "gap"}
     found |= gap_measures(*pairs)
     found |= probes(towers, scale)
-    found |= gates(towers, data.heldout.scenes, data.tokenize)
-    heads, logits = transition_heads(towers), logit_scale(towers)
-    losses, curves = likelihood(*pairs, logits, heads, settings.batch)
-    told: dict[str, Any] = {**curves, "gap": gap_curve(*pairs, logits)}
-    if heads:
+    found |= gates(towers, scenes.heldout.scenes, scenes.tokenize)
+    told: dict[str, Any] = {"gap": gap_curve(*pairs, logit_scale(towers))}
+    if heads := transition_heads(towers):
         told["slices"] = slices(features, heads[-1])
-    return {"measures": found | losses, "cost": asdict(cost), "curves": told}
-
-
-def _run_photos(settings: Trained, seed: int, scale: Scale, photos: PhotoFiles | None) -> Result:
-    if photos is None:
-        raise ValueError(
-            "this row trains on photographs: give --photos FOLDER --captions FILE --grades FILE"
-        )
-    data = load_photos(photos, scale)
-    towers, cost = train(settings, scale, data, seed)
-    found, pairs = measure_photos(towers, data)
-    heads = transition_heads(towers)
-    losses, curves = likelihood(*pairs, logit_scale(towers), heads, settings.batch)
-    return {"measures": found | losses, "cost": asdict(cost), "curves": dict(curves)}
+    return found, pairs, told
 
 
 def logit_scale(towers: DinoRankCLIP) -> float:

@@ -38,23 +38,21 @@ class Metric:
         return f"{100 * value:{sign}.2f}" if self.percent else f"{value:{sign}.4f}"
 
 
+FAMILIES = ("shape", "colour", "size", "texture", "relation")
+"""Attributes that linear probes are asked for."""
+PLANTED_ORDERS, FITTED_ORDERS = (1, 2, 3), (1, 2, 3, 4)
 METRICS = {
     metric.key: metric
     for metric in (
         Metric("correlation", "graded agreement (Spearman)"),
-        Metric("i2t_r1", "image to text R@1 (%)", percent=True),
-        Metric("t2i_r1", "text to image R@1 (%)", percent=True),
-        Metric("i2t_r5", "image to text R@5 (%)", percent=True),
-        Metric("t2i_r5", "text to image R@5 (%)", percent=True),
-        Metric("i2t_r10", "image to text R@10 (%)", percent=True),
-        Metric("t2i_r10", "text to image R@10 (%)", percent=True),
+        *(
+            Metric(f"{way}_r{k}", f"{label} R@{k} (%)", percent=True)
+            for k in (1, 5, 10)
+            for way, label in (("i2t", "image to text"), ("t2i", "text to image"))
+        ),
         Metric("zs_mean", "zero-shot mean (%)", percent=True),
         Metric("zs_unseen", "zero-shot, unseen pairs (%)", percent=True),
-        Metric("probe_shape", "probe: shape (%)", percent=True),
-        Metric("probe_colour", "probe: colour (%)", percent=True),
-        Metric("probe_size", "probe: size (%)", percent=True),
-        Metric("probe_texture", "probe: texture (%)", percent=True),
-        Metric("probe_relation", "probe: relation (%)", percent=True),
+        *(Metric(f"probe_{x}", f"probe: {x} (%)", percent=True) for x in FAMILIES),
         Metric("probe_mean", "probe: mean of five (%)", percent=True),
         Metric("modality_gap", "modality gap", better=0),
         Metric("alignment", "alignment (0 best)", better=-1),
@@ -75,10 +73,7 @@ METRICS = {
         Metric("gate_bare", "text gate, bare captions", better=0),
         Metric("tau_c", "Kendall tau-c with people"),
         Metric("tau_b", "Kendall tau-b with people"),
-        Metric("nll_1", "fitted order 1", better=-1),
-        Metric("nll_2", "fitted order 2", better=-1),
-        Metric("nll_3", "fitted order 3", better=-1),
-        Metric("nll_4", "fitted order 4", better=-1),
+        *(Metric(f"nll_{order}", f"fitted order {order}", better=-1) for order in FITTED_ORDERS),
         Metric("nll_true", "the process itself", better=-1),
         Metric("recovered", "seeds in which it is the planted order (%)", percent=True),
         Metric("excess_below", "one order less than planted: excess loss", better=0),
@@ -117,12 +112,11 @@ METRIC_OF = {
     for k in (1, 5, 10)
 }
 """Retrieval by open_clip's names, as `examples.evaluation` has them -> metrics."""
-PLANTED_ORDERS, FITTED_ORDERS = (1, 2, 3), (1, 2, 3, 4)
 LISTS = (64, 256, 1024, 4096)
 ORDERS = tuple(f"order-{i}" for i in range(6))
 RETRIEVAL = ("i2t_r1", "t2i_r1")
 MAIN = ("correlation", *RETRIEVAL, "zs_mean", "modality_gap", "ranking_nll")
-PROBES = ("probe_mean", *(f"probe_{x}" for x in ("shape", "colour", "size", "texture", "relation")))
+PROBES = ("probe_mean", *(f"probe_{x}" for x in FAMILIES))
 GAP = (
     "modality_gap",
     "alignment",
