@@ -1,6 +1,7 @@
 """Derivatives of the streaming ops: gradients made ahead, and refusals."""
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ def _refusing_forward_mode(function: type[torch.autograd.Function]) -> Any:
             f"{REMEDY} to differentiate forward"
         )
 
+    # read by every call, and slow to make
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
     return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
@@ -74,6 +77,23 @@ class Scaled(Refusing):
     def forward(grad: Tensor, gradient: Tensor, link: Tensor) -> Tensor:
         missing = gradient.dim() - grad.dim()
         return (grad.reshape(grad.shape + (1,) * missing) * gradient).to(link.dtype)
+
+
+def scaled(grad: Tensor, gradient: Tensor, link: Tensor) -> Tensor:
+    """Apply `Scaled`, without a node in the graph where nobody can differentiate again."""
+    if not torch.is_grad_enabled():
+        return Scaled.forward(grad, gradient, link)
+    found: Tensor = applied(Scaled, grad, gradient, link)
+    return found
+
+
+def products(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the first arguments of a `MadeAhead`; None where none is needed."""
+    saved, count = ctx.saved_tensors, len(ctx.saved_tensors) // 2
+    if grad is None:
+        return [None] * count
+    needed = zip(saved[:count], saved[count:], ctx.needs_input_grad[:count], strict=True)
+    return [scaled(grad, gradient, link) if need else None for gradient, link, need in needed]
 
 
 def link_to(tensor: Tensor) -> Tensor:

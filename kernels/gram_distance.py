@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankloss.kernels import blocked, reference
 from rankloss.kernels.blocked import through_normalisation_
-from rankloss.kernels.derivatives import MadeAhead, Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, applied, link_to, scaled
 from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.kernels.reference import row_norms
@@ -116,4 +116,4 @@ class _GramDistance(MadeAhead):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return None, None, None, None, None
-        return applied(Scaled, grad, *ctx.saved_tensors), None, None, None, None
+        return scaled(grad, *ctx.saved_tensors), None, None, None, None

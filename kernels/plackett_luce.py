@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels import blocked, reference
-from rankloss.kernels.derivatives import MadeAhead, Refusing, Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Refusing, applied, link_to, scaled
 from rankloss.kernels.dispatch import choose
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.kernels.signature import SCHEMA, Lists
@@ -270,7 +270,7 @@ class _Total(MadeAhead):
             return (None,) * 11
         saved = ctx.saved_tensors
         d_scores, d_predecessors, d_keys = (
-            applied(Scaled, grad, gradient, link)
+            scaled(grad, gradient, link)
             for gradient, link in zip(saved[:3], saved[3:], strict=True)
         )
         return None, d_scores, None, None, None, d_predecessors, d_keys, None, None, None, None

@@ -90,6 +90,22 @@ class Pairs(NamedTuple):
         images = self.images if self.image_anchors is None else self.image_anchors
         return images, self.texts if self.text_anchors is None else self.text_anchors
 
+    def without_transitions(self) -> "Pairs":
+        """Leave out the tables, on which only rankings depend."""
+        none = {"text_predecessors": None, "text_keys": None}
+        return self._replace(image_predecessors=None, image_keys=None, **none)
+
+    @property
+    def alone(self) -> bool:
+        """Say if every candidate is an anchor; row i then matches row i."""
+        return self.image_anchors is None and self.text_anchors is None
+
+    @property
+    def only_pairs(self) -> bool:
+        """Say if there are features and a scale alone, of pairs that match no others."""
+        others = *tuple(self)[5:10], self.image_ids, self.text_ids
+        return self.alone and all(x is None for x in others)
+
     @property
     def ids(self) -> list[Tensor]:
         """Ids that are given."""
@@ -118,6 +134,11 @@ class Terms(NamedTuple):
     top_k: int | None = None
     discount: Discount = "none"
     impl: str = "auto"
+
+    @property
+    def only_contrastive(self) -> bool:
+        """Say if InfoNCE is all there is."""
+        return bool(self.contrastive) and not any(tuple(self)[1:6])
 
     @property
     def two_sided(self) -> bool:

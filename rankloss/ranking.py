@@ -153,8 +153,8 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         self._adviser.look(images, texts, inputs.scale, self._watched_keys)
         pairs, ranking = self._pairs(images, texts, inputs), self._ranking_terms()
         if ranking is None:
-            contrastive, zero = self._parts(pairs).values()
-            return contrastive + zero
+            alone = loss_of_pairs(pairs, self._contrastive_terms)
+            return alone + self._no_ranking(pairs) if self._heads else alone
         return loss_of_pairs(pairs, ranking._replace(contrastive=self.contrastive_weight))
 
     @property
@@ -162,10 +162,14 @@ class HighOrderPLLoss(PairLoss, RampedLoss):
         return [] if self._ranking_off else [x.key_weight for x in self._heads]
 
     def _parts(self, pairs: Pairs) -> dict[str, Tensor]:
-        contrastive = Terms(contrastive=self.contrastive_weight, impl=self.impl)
-        ranking = self._ranking_terms()
+        contrastive, ranking = self._contrastive_terms, self._ranking_terms()
         ranked = self._no_ranking(pairs) if ranking is None else loss_of_pairs(pairs, ranking)
-        return {"contrastive_loss": loss_of_pairs(pairs, contrastive), "ranking_loss": ranked}
+        value = loss_of_pairs(pairs.without_transitions(), contrastive)
+        return {"contrastive_loss": value, "ranking_loss": ranked}
+
+    @property
+    def _contrastive_terms(self) -> Terms:
+        return Terms(contrastive=self.contrastive_weight, impl=self.impl)
 
     def _ranking_terms(self) -> Terms | None:
         """Ranking terms, or None while there are none: at order 0, and while the ramp is 0."""

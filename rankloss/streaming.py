@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rankloss import kernels
+from rankloss.both_ways import info_nce_both_ways
 from rankloss.clip import info_nce_and_gradient, positive_mask, sigmoid_and_gradient
-from rankloss.kernels.derivatives import MadeAhead, Refusing, Scaled, applied, link_to
+from rankloss.kernels.derivatives import MadeAhead, Refusing, applied, link_to, products
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.pair_terms import Pairs, RankedLists, Rows, Terms, list_masks
 from rankloss.plain import plain_loss
@@ -42,6 +43,8 @@ def loss_of_pairs(x: Pairs, terms: Terms) -> Tensor:
     if terms.impl == "reference":
         return plain_loss(x, terms)
     kernels.choose(terms.impl, x.images.device, x.dtype)
+    if terms.only_contrastive and x.only_pairs:
+        return info_nce_both_ways(x.images, x.texts, x.scale, terms.contrastive)
     leaves = tuple(x)[:LEAVES]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)):
         value: Tensor = applied(_Value, *x, *terms)
@@ -127,9 +130,8 @@ class Stream:
     def shares_scores(self) -> bool:
         """Say if one block's scores are the other's, transposed, and all of them fit at once."""
         x, n = self.given, len(self.x.labels)
-        alone = x.image_anchors is None and x.text_anchors is None
         fits = ENTRY // 2 * n * n <= WHOLE
-        return alone and self.terms.two_sided and not self.terms.within and fits
+        return x.alone and self.terms.two_sided and not self.terms.within and fits
 
     def _add(self, at: slice) -> None:
         """Add some anchors' terms to the value and to the gradients."""
@@ -345,10 +347,4 @@ class _Streamed(MadeAhead):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        others = (None,) * (len(Pairs._fields) + 1)  # terms and links among them
-        if grad is None:
-            return *(None,) * LEAVES, *others
-        gradients, links = ctx.saved_tensors[:LEAVES], ctx.saved_tensors[LEAVES:]
-        needed = zip(gradients, links, ctx.needs_input_grad[:LEAVES], strict=True)
-        scaled = [applied(Scaled, grad, g, link) if need else None for g, link, need in needed]
-        return *scaled, *others
+        return *products(ctx, grad), *(None,) * (len(Pairs._fields) + 1)  # terms, links too

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloss import streaming
+from rankloss import both_ways, streaming
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -79,9 +79,10 @@ def bytes_of(saved: dict[int, Tensor]) -> int:
 
 @contextmanager
 def inside_ops() -> Iterator[None]:
-    """Let modes see what happens inside the loss's op, which they see as one call otherwise."""
+    """Let modes see what happens inside the losses' ops, which they see as one call otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "pair_loss", streaming.run)
+        patch.setattr(both_ways, "both_ways", both_ways.run)
         yield
 
 

@@ -14,6 +14,7 @@ from rankloss import (
     HighOrderPLLoss,
     RankCLIPLoss,
     SigLipLoss,
+    both_ways,
     global_batch,
     kernels,
     streaming,
@@ -248,7 +249,9 @@ def test_nothing_of_anchors_and_candidates_is_kept(
     """Between the passes there are features only, in them no tensor larger than a chunk."""
     for name in ("CHUNK", "LARGEST"):
         monkeypatch.setattr(streaming, name, 1 << 18)
-    monkeypatch.setattr(streaming, "WHOLE", 0)
+        monkeypatch.setattr(both_ways, name, 1 << 18)
+    for module, name in ((streaming, "WHOLE"), (both_ways, "WHOLE"), (both_ways, "KEPT")):
+        monkeypatch.setattr(module, name, 0)
     n, d = 300, 4
     image, text = features(n, d, dtype=torch.float32)
     saved: dict[int, int] = {}
