@@ -92,8 +92,7 @@ class Pairs(NamedTuple):
 
     def without_transitions(self) -> "Pairs":
         """Leave out the tables, on which only rankings depend."""
-        none = {"text_predecessors": None, "text_keys": None}
-        return self._replace(image_predecessors=None, image_keys=None, **none)
+        return Pairs(*self[:6], None, None, None, None, *self[10:])
 
     @property
     def alone(self) -> bool:
