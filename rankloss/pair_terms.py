@@ -92,7 +92,7 @@ class Pairs(NamedTuple):
 
     def without_transitions(self) -> "Pairs":
         """Leave out the tables, on which only rankings depend."""
-        return Pairs(*self[:6], None, None, None, None, *self[10:])
+        return Pairs(*tuple(self)[:6], None, None, None, None, *tuple(self)[10:])
 
     @property
     def alone(self) -> bool:
