@@ -92,7 +92,8 @@ class Pairs(NamedTuple):
 
     def without_transitions(self) -> "Pairs":
         """Leave out the tables, on which only rankings depend."""
-        return Pairs(*tuple(self)[:6], None, None, None, None, *tuple(self)[10:])
+        bare = self._replace(image_predecessors=None, image_keys=None)
+        return bare._replace(text_predecessors=None, text_keys=None)
 
     @property
     def alone(self) -> bool:
