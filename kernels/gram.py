@@ -4,6 +4,11 @@ The first kernel makes a tile of <s_i, s_j> and of <t_i, t_j>, adds up the squar
 difference and stores it; it makes the upper half and stores the lower one, its mirror image. The
 second kernel multiplies the differences with the student's rows, which is the gradient. They
 exist for some images at a time, or for some rows of one image too large for that.
+
+Rows of such an image, of more than 4,096 patches, have no mirror image in the buffer, so that both
+matrices are made whole: with the gradient that is 1 + Ds / (Ds + Dt) times the arithmetic of two
+batched products, 1.43 at widths 768 and 1,024, where smaller images take at most 1.2 times. A mirror
+image would have to add to gradients of rows that other programs write.
 """
 
 import torch
