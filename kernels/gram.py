@@ -7,8 +7,8 @@ exist for some images at a time, or for some rows of one image too large for tha
 
 Rows of such an image, of more than 4,096 patches, have no mirror image in the buffer, so that both
 matrices are made whole: with the gradient that is 1 + Ds / (Ds + Dt) times the arithmetic of two
-batched products, 1.43 at widths 768 and 1,024, where smaller images take at most 1.2 times. A mirror
-image would have to add to gradients of rows that other programs write.
+batched products, 1.43 at widths 768 and 1,024, where smaller images take at most 1.2 times. A
+mirror image would have to add to gradients of rows that other programs write.
 """
 
 import torch
