@@ -228,7 +228,7 @@ def test_a_step_never_waits_for_the_device(
         allowed = ["_local_scalar_dense"] if device == "cpu" else []
         with inside_ops(), Watch(*allowed) as watch:
             loss(image, text, scale, **ids).backward()
-        assert "mm" in watch.names
+        assert any("mm" in name for name in watch.names)
         assert not watch.copies
 
 
