@@ -29,7 +29,7 @@ def take_snapshot(
     None inside vmap, for there is no one batch, and in exported programs, which keep nothing.
     Tensors of torch.func's gradients are replaced by what they stand for, which outlives them.
     """
-    if _is_exporting():
+    if torch.compiler.is_exporting():
         return None
     texts = transitions.get("text")
     tensors = [x.detach() for x in (*batch, scale, *(texts or ()))]
@@ -40,10 +40,6 @@ def take_snapshot(
         tensors = [x.detach() for x in plain]
     tables = {"text": Transitions(*tensors[6:])} if texts else {}
     return Snapshot(GlobalBatch(*tensors[:5]), tensors[5], tables)
-
-
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", bool)())  # older versions lack it
 
 
 @torch.no_grad()
