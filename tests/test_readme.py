@@ -74,7 +74,7 @@ def test_rows_of_the_result_are_committed() -> None:
 def test_intervals_are_the_study_s() -> None:
     study = (ROOT / "docs" / "study.md").read_text()
     intervals = re.findall(r"[+-]\d\.\d+ \[[^]]+\]", text().replace("\n", " "))
-    assert len(intervals) == 3
+    assert len(intervals) == 5
     assert all(f" {interval}, 5 seeds" in study for interval in intervals)
 
 
