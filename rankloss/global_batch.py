@@ -1,6 +1,6 @@
 """Common parts of losses over the global batch: their options, the way from input to batch."""
 
-from __future__ import annotations  # torch 2.7 cannot compile a "|" in a local function
+from __future__ import annotations  # torch 2.9 cannot compile a "|" in a local function
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
