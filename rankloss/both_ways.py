@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rankloss.fusion.precision import full_dtype
 from rankloss.kernels.derivatives import MadeAhead, Refusing, applied, link_to, products
 from rankloss.kernels.launch import loop_over_batch, outside_autocast
 from rankloss.scores import exact_product
@@ -175,7 +176,7 @@ def by_log_sums(
 
 def _widened(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Convert to the dtype of computation, that of features but at least float32."""
-    dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
+    dtype = full_dtype(images, texts)
     return images.to(dtype), texts.to(dtype), scale.to(dtype)
 
 
