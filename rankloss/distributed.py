@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rankloss.agreement import Message, agree
+from rankloss.fusion.precision import full_dtype
 
 
 class Processes(NamedTuple):
@@ -49,8 +50,7 @@ class GlobalBatch(NamedTuple):
 
     def in_full_precision(self) -> "GlobalBatch":
         """Features in float32, float64 if given so; once, so that their gradients add up in it."""
-        dtype = torch.promote_types(self.images.dtype, self.texts.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = full_dtype(self.images, self.texts)
         images, texts = self.images.to(dtype), self.texts.to(dtype)
         if self.image_anchors is self.images:
             return GlobalBatch(images, texts, images, texts, self.labels)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankloss.clip import positive_mask
 from rankloss.distributed import GlobalBatch
+from rankloss.fusion.precision import full_dtype
 from rankloss.kernels import Lists
 from rankloss.options import Discount
 from rankloss.plackett_luce import Places, all_places, first_places, lists_of, rankings
@@ -73,11 +74,8 @@ class Pairs(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of all computation: float32, or float64 where a feature or table is."""
-        dtype = torch.float32
         features = self.image_anchors, self.text_anchors, self.images, self.texts
-        for x in (*features, *self[6:10]):
-            dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-        return dtype
+        return full_dtype(*(x for x in (*features, *tuple(self)[6:10]) if x is not None))
 
     def widened(self) -> "Pairs":
         """Convert features, scale and bias to the dtype of computation."""
